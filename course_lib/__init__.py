@@ -1,0 +1,1 @@
+"""From pixels to ResNets: the library that the notebooks in nbs/ export."""
