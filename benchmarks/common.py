@@ -1,0 +1,48 @@
+"""What every benchmark shares: interleaved rounds, ratios with their spread, and a line that names the hardware."""
+import os
+import platform
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+
+
+def environment() -> str:
+    "One line: processor, cores, threads in use, versions"
+    cpu = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo") as f:
+            cpu = next(line.split(":", 1)[1].strip() for line in f if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return (f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s) used{gpu}; "
+            f"{platform.system()}, Python {platform.python_version()}, PyTorch {torch.__version__}")
+
+
+def interleaved(functions: dict[str, Callable[[], object]], rounds: int = 7,
+                clock: Callable[[], float] = time.process_time) -> dict[str, list[float]]:
+    "Seconds (CPU time of this process) that each function took in each round; A B C A B C ..., after one round to warm up"
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for r in range(rounds + 1):
+        for name, f in functions.items():
+            start = clock()
+            f()
+            if r:
+                seconds[name].append(clock() - start)
+    return seconds
+
+
+def ratio(seconds: dict[str, list[float]], a: str, b: str) -> tuple[float, float, float]:
+    "Median, lowest and highest ratio a/b, round by round"
+    rs = [x / y for x, y in zip(seconds[a], seconds[b], strict=True)]
+    return median(rs), min(rs), max(rs)
+
+
+def print_table(rows: list[tuple], head: tuple) -> None:
+    "Print rows as a Markdown table"
+    print("| " + " | ".join(head) + " |")
+    print("|" + " --- |" * len(head))
+    for row in rows:
+        print("| " + " | ".join(str(c) for c in row) + " |")
