@@ -1,0 +1,125 @@
+"""The package: metadata from settings.ini, a wheel with course_lib and nothing else, light imports, files that tools accept."""
+import configparser
+import os
+import re
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from course_lib.run import COMMANDS, ROOT
+
+MODULES = sorted(p.stem for p in (ROOT / "course_lib").glob("*.py") if not p.stem.startswith("_"))
+DRAW = {"images", "similarity", "datasets", "dataloader"}     # import matplotlib too
+
+
+def settings() -> configparser.SectionProxy:
+    ini = configparser.ConfigParser(delimiters=["="])
+    ini.read(ROOT / "settings.ini", encoding="utf-8")
+    return ini["DEFAULT"]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    "The wheel, built from a copy of what it is made of"
+    import shutil
+    source = tmp_path_factory.mktemp("source")
+    for name in ("settings.ini", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("course_lib", "nbs", "tests", "benchmarks"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    backend = "import setuptools.build_meta as b; print(b.build_wheel('dist'))"
+    (source / "dist").mkdir()
+    done = subprocess.run([sys.executable, "-c", backend], cwd=source, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return source / "dist" / done.stdout.split()[-1]
+
+
+def test_wheel_holds_the_library_and_nothing_else(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {n.split("/")[0] for n in names}
+    assert tops == {"course_lib", f"course_lib-{settings()['version']}.dist-info"}
+    assert {f"course_lib/{m}.py" for m in MODULES} <= set(names)
+    metadata = zipfile.ZipFile(wheel).read(next(n for n in names if n.endswith("METADATA"))).decode()
+    assert f"Requires-Python: >={settings()['min_python']}" in metadata
+    for requirement in settings()["requirements"].split():
+        assert f"Requires-Dist: {requirement}" in metadata
+
+
+def test_wheel_installs_into_an_empty_environment_and_imports_there(wheel, tmp_path):
+    "Without its dependencies (they are gigabytes): those are lent by this environment through a path file"
+    env = tmp_path / "env"
+    venv.create(env, with_pip=False)
+    python = env / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    site = Path(subprocess.run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], capture_output=True, text=True,
+                               check=True).stdout.strip())
+    zipfile.ZipFile(wheel).extractall(site)
+    lender = Path(sys.modules["torch"].__file__).parents[1] if "torch" in sys.modules else None
+    import torch
+    (site / "lent.pth").write_text(str(lender or Path(torch.__file__).parents[1]))
+    code = "import course_lib, importlib; print(course_lib.__file__)\n" + "\n".join(f"import course_lib.{m}" for m in MODULES)
+    env_vars = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=env_vars)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().startswith(str(site)) and not done.stderr
+
+
+def cpu_seconds(code: str) -> float:
+    "CPU seconds that the last line of `code` takes in a fresh process, after the lines before it"
+    *before, last = code.splitlines()
+    program = "\n".join([*before, "import time; t = time.process_time()", last, "print(time.process_time() - t)"])
+    return float(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT).stdout.split()[-1])
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_import_is_light(module):
+    "At most .15 s on top of torch, and of matplotlib where the module draws; torchvision waits until it is used"
+    given = "import torch" + ("\nimport matplotlib.pyplot" if module in DRAW else "")
+    best = min(cpu_seconds(f"{given}\nimport course_lib.{module}") for _ in range(3))
+    assert best <= .15
+    check = f"import sys, course_lib.{module}; print('torchvision' in sys.modules, 'IPython' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.split() == ["False", "False"] and not done.stderr
+
+
+@pytest.mark.parametrize("workflow", sorted((ROOT / ".github" / "workflows").glob("*.yml")), ids=lambda p: p.name)
+def test_workflows_are_valid(workflow):
+    done = subprocess.run([sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.github-workflows", str(workflow)],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_there_are_workflows():
+    assert {p.name for p in (ROOT / ".github" / "workflows").glob("*.yml")} >= {"test.yml", "newest.yml", "real-data.yml"}
+
+
+def test_code_is_lint_free():
+    done = subprocess.run([sys.executable, "-m", "ruff", "check", "course_lib", "tests", "benchmarks", "examples", "setup.py", "nbs/conftest.py"],
+                          cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_every_requirement_has_a_tested_version():
+    normal = lambda name: re.sub(r"[-_.]+", "-", name).lower()
+    tested = {normal(m[1]) for m in re.finditer(r"(?m)^([\w.-]+)==\S+$", (ROOT / "constraints.txt").read_text())}
+    wanted = [r for key in ("requirements", "lab_requirements", "dev_requirements") for r in settings()[key].split()]
+    assert {normal(re.match(r"[\w.-]+", r)[0]) for r in wanted} <= tested
+
+
+def test_environment_file_takes_the_packages_from_pip():
+    text = (ROOT / "environment.yml").read_text()
+    assert "conda-forge" in text and "-e .[dev]" in text and "-c constraints.txt" in text and f"python>={settings()['min_python']}" in text
+
+
+def test_every_command_is_a_make_target():
+    targets = re.search(r"(?m)^TARGETS := (.+)$", (ROOT / "Makefile").read_text())[1].split()
+    assert sorted(targets) == sorted(COMMANDS)
+
+
+def test_readme_names_only_commands_that_exist():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"make ([a-z-]+)", readme)) | set(re.findall(r"course_lib\.run ([a-z-]+)", readme))
+    assert {"lab", "test"} <= named <= set(COMMANDS)
