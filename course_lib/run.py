@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['ROOT', 'NEEDED', 'ASSERTING', 'COMMANDS', 'VARIABLES', 'notebooks', 'setup', 'copy_for_reader', 'has_display',
            'lab_command', 'lab', 'without_comments', 'code_hash', 'normalise', 'write_notebook', 'read_notebook',
-           'execute', 'results', 'results_table', 'run_course', 'is_current', 'store_outputs', 'checks',
+           'execute', 'results', 'results_table', 'run_course', 'is_current', 'with_results', 'store_outputs', 'checks',
            'test_environment', 'test', 'test_slow', 'bench', 'clean', 'data', 'help_text', 'main']
 
 # %% ../nbs/appendix/run.ipynb #72def10b
@@ -281,7 +281,7 @@ def results_table(nbs: Iterable[tuple[str, dict]]) -> str:
 
 def run_course(paths: list[Path]) -> None:
     "Run notebooks on the chosen pictures into `build/run`, and write and print the table of results"
-    target, done = ROOT / "build" / "run", []
+    target, done, took = ROOT / "build" / "run", [], []
     from course_lib.settings import course_scale, course_source, default_device
     _say(f"Running {len(paths)} notebooks: source {course_source()}, scale {course_scale()}, device {default_device().type}.")
     for i, path in enumerate(paths, 1):
@@ -290,8 +290,9 @@ def run_course(paths: list[Path]) -> None:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         write_notebook(nb, target / name)
         done.append((path.stem, nb))
+        took.append(f"{path.stem} {seconds:.0f}")
         _say(f"[{i}/{len(paths)}] {name.as_posix()}: {seconds:.0f} s, {len(results(nb))} results")
-    table = results_table(done) + f"\n\nDevice: {default_device().type}. {_versions()}\n"
+    table = results_table(done) + f"\n\nDevice: {default_device().type}. {_versions()}. Seconds: {', '.join(took)}.\n"
     (target / "results.md").write_text(table, encoding="utf-8")
     _say(f"\n{table}\nWritten to {(target / 'results.md').relative_to(ROOT)}.")
 
@@ -307,20 +308,30 @@ def is_current(nb: dict) -> bool:
     return nb["metadata"].get("course", {}).get("code") == code_hash(nb)
 
 
+def with_results(readme: str, table: str) -> str:
+    "The README with the table of results between its two markers"
+    start, end = "<!-- results -->\n", "<!-- end of results -->"
+    before, rest = readme.split(start)
+    return f"{before}{start}\n{table}\n\n{rest[rest.index(end):]}"
+
+
 def store_outputs(paths: list[Path]) -> None:
     "Export the library, then run on real data, at full scale, each notebook whose code changed; store and stamp its outputs"
     subprocess.run([sys.executable, "-c", "from nbdev.doclinks import nbdev_export; nbdev_export()"], cwd=ROOT, check=True)
     for path in paths:
         nb = read_notebook(path)
-        seconds = None
+        said = "outputs are current"
         if not is_current(nb):
-            env = {"COURSE_SOURCE": "real", "COURSE_SCALE": "full"}
-            nb, seconds = execute(path, _environment(**env))
             from course_lib.settings import default_device
+            nb, seconds = execute(path, _environment(COURSE_SOURCE="real", COURSE_SCALE="full"))
             nb["metadata"]["course"] = {"source": "real", "scale": "full", "device": default_device().type, "versions": _versions(),
-                                        "code": code_hash(nb)}
+                                        "seconds": round(seconds), "code": code_hash(nb)}
+            said = f"ran, {seconds:.0f} s"
         write_notebook(normalise(nb), path)
-        _say(f"{path.relative_to(ROOT).as_posix()}: " + ("outputs are current" if seconds is None else f"ran, {seconds:.0f} s"))
+        _say(f"{path.relative_to(ROOT).as_posix()}: {said}")
+    readme = ROOT / "README.md"
+    table = results_table((p.stem, read_notebook(p)) for p in notebooks())
+    readme.write_text(with_results(readme.read_text(encoding="utf-8"), table), encoding="utf-8", newline="\n")
 
 # %% ../nbs/appendix/run.ipynb #1165e6f9
 ASSERTING = {"expect", "assert_close", "assert_equal", "assert_allclose", "test_eq"}

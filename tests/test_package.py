@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from course_lib.run import COMMANDS, ROOT
+from course_lib.run import COMMANDS, ROOT, notebooks, read_notebook, results_table, with_results
 
 MODULES = sorted(p.stem for p in (ROOT / "course_lib").glob("*.py") if not p.stem.startswith("_"))
 DRAW = {"images", "similarity", "datasets", "dataloader"}     # import matplotlib too
@@ -111,7 +111,7 @@ def test_every_requirement_has_a_tested_version():
 
 def test_environment_file_takes_the_packages_from_pip():
     text = (ROOT / "environment.yml").read_text()
-    assert "conda-forge" in text and "-e .[dev]" in text and "-c constraints.txt" in text and f"python>={settings()['min_python']}" in text
+    assert "conda-forge" in text and "- -e .[dev]" in text and "- -c constraints.txt" in text and f"python>={settings()['min_python']}" in text
 
 
 def test_every_command_is_a_make_target():
@@ -123,3 +123,9 @@ def test_readme_names_only_commands_that_exist():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     named = set(re.findall(r"make ([a-z-]+)", readme)) | set(re.findall(r"course_lib\.run ([a-z-]+)", readme))
     assert {"lab", "test"} <= named <= set(COMMANDS)
+
+
+def test_readme_results_are_those_of_the_notebooks():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = results_table((p.stem, read_notebook(p)) for p in notebooks())
+    assert with_results(readme, table) == readme and table.count("\n") > 10
