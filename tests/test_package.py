@@ -129,3 +129,10 @@ def test_readme_results_are_those_of_the_notebooks():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     table = results_table((p.stem, read_notebook(p)) for p in notebooks())
     assert with_results(readme, table) == readme and table.count("\n") > 10
+
+
+def test_readme_example_runs():
+    code = re.search(r"```python\n(.+?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)[1]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert .7 < float(re.search(r"after one epoch: ([\d.]+)", done.stdout)[1]) <= 1
