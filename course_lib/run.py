@@ -80,7 +80,7 @@ def setup(torch_index: str | None = None) -> Path | None:
     recipe = _recipe(torch_index)
     if python.exists() and ready.exists() and ready.read_text() == recipe:
         return None if inside else python
-    size, room = ("about 0.5 GB", "2 GB") if torch_index else ("up to 3 GB, most of it PyTorch for GPUs", "6 GB")
+    size, room = ("0.3 GB", "2 GB") if torch_index else ("2.7 GB on Linux, most of it PyTorch for GPUs (else 0.4 GB)", "up to 6 GB")
     _say(f"Setting up .venv: downloads {size}, takes {room} on disk and 2 to 10 minutes. Later starts take seconds.")
     start = time.perf_counter()
     ready.unlink(missing_ok=True)

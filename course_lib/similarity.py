@@ -4,22 +4,21 @@
 __all__ = ['class_means', 'mnist_distance', 'rms_distance', 'nearest_mean']
 
 # %% ../nbs/02_pixel_similarity.ipynb #24b881d3
-import math
 from collections.abc import Callable
 
 import torch
 
-# %% ../nbs/02_pixel_similarity.ipynb #ea6bb8fa
+# %% ../nbs/02_pixel_similarity.ipynb #86960e66
 def _check_float(name: str, x: torch.Tensor) -> None:
     if not x.is_floating_point():
-        raise ValueError(f"{name} needs float pictures, but got {x.dtype} (differences of uint8 wrap around at 0); "
+        raise ValueError(f"{name} needs float pictures, but got {x.dtype} (differences of uint8 values wrap around); "
                          "convert them with x.float() / 255.")
 
-# %% ../nbs/02_pixel_similarity.ipynb #86960e66
+
 def class_means(x: torch.Tensor,      # float pictures [N, ...]
                 y: torch.Tensor,      # class indices [N], integers from 0 to n_classes - 1
                 n_classes: int) -> torch.Tensor:
-    "The mean picture of each class, [n_classes, ...]; ValueError if a class has no picture"
+    "The mean picture of each class, [n_classes, ...]; ValueError for labels that do not fit and for a class without pictures"
     _check_float("class_means", x)
     if y.ndim != 1 or y.is_floating_point() or len(x) != len(y):
         raise ValueError(f"class_means needs one integer label a picture, but got {len(x)} pictures and labels of shape "
@@ -27,11 +26,10 @@ def class_means(x: torch.Tensor,      # float pictures [N, ...]
     if len(y) and not 0 <= int(y.min()) <= int(y.max()) < n_classes:
         raise ValueError(f"class_means got labels from {int(y.min())} to {int(y.max())}; with n_classes={n_classes} "
                          f"they have to be 0 to {n_classes - 1}.")
-    counts = torch.bincount(y, minlength=n_classes)
-    if not counts.all():
-        empty = ", ".join(str(c) for c in (counts == 0).nonzero().flatten().tolist())
-        raise ValueError(f"class_means got no picture of class {empty}; a mean needs at least one picture a class.")
-    return torch.stack([x[y == c].mean(0) for c in range(n_classes)])
+    classes = [(y == c).to(x.device) for c in range(n_classes)]
+    if empty := [c for c, own in enumerate(classes) if not own.any()]:
+        raise ValueError(f"class_means got no picture of class {', '.join(map(str, empty))}; each class needs at least one.")
+    return torch.stack([x[own].mean(0) for own in classes])
 
 # %% ../nbs/02_pixel_similarity.ipynb #f476ca31
 def _check_pair(name: str, a: torch.Tensor, b: torch.Tensor) -> None:
@@ -41,23 +39,26 @@ def _check_pair(name: str, a: torch.Tensor, b: torch.Tensor) -> None:
 
 
 def mnist_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    "Mean absolute difference (L1) of pictures [..., H, W]; the axes before H and W broadcast"
+    "Mean absolute difference (MAE, 'L1') of float pictures [..., H, W]; the axes before H and W broadcast and remain"
     _check_pair("mnist_distance", a, b)
     return (a - b).abs().mean((-1, -2))
 
 
 def rms_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    "Root of the mean squared difference (RMSE) of pictures [..., H, W]; the axes before H and W broadcast"
+    "Root of the mean squared difference (RMSE, 'L2') of float pictures [..., H, W]; the axes before H and W broadcast and remain"
     _check_pair("rms_distance", a, b)
-    return (a - b).pow(2).mean((-1, -2)).sqrt()
+    return (a - b).square().mean((-1, -2)).sqrt()
 
 # %% ../nbs/02_pixel_similarity.ipynb #da65d20b
 def nearest_mean(x: torch.Tensor,        # float pictures [N, H, W]
-                 means: torch.Tensor,    # one picture a class [C, H, W]
-                 distance: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = mnist_distance,
+                 means: torch.Tensor,    # one picture a class [C, H, W], on the same device
+                 distance: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = mnist_distance,  # [n, 1, H, W], [C, H, W] -> [n, C]
                  chunk: int | None = None) -> torch.Tensor:  # pictures compared at once; None: about 4 MB of differences
-    "The class of the nearest mean for each picture, int64 [N]; pictures are compared in chunks, to save memory"
+    "The class whose mean is nearest for each picture, int64 [N] (the lowest class in a tie); computed in chunks to save memory"
     if x.ndim != 3 or means.ndim != 3 or not len(means):
-        raise ValueError(f"nearest_mean needs pictures [N, H, W] and means [C, H, W], but the shapes are {list(x.shape)} and {list(means.shape)}.")
-    chunk = chunk or max(1, 2**20 // means.numel())
+        raise ValueError(f"nearest_mean needs pictures [N, H, W] and means [C, H, W], but the shapes are {list(x.shape)} "
+                         f"and {list(means.shape)}.")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"nearest_mean got chunk={chunk}; it is a number of pictures, at least 1.")
+    chunk = chunk or max(1, 2**20 // max(1, means.numel()))
     return torch.cat([distance(part[:, None], means).argmin(1) for part in x.split(chunk)])
