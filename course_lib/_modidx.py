@@ -132,6 +132,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'course_lib.run.lab': ('appendix/run.html#lab', 'course_lib/run.py'),
                                 'course_lib.run.lab_command': ('appendix/run.html#lab_command', 'course_lib/run.py'),
                                 'course_lib.run.main': ('appendix/run.html#main', 'course_lib/run.py'),
+                                'course_lib.run.named_notebooks': ('appendix/run.html#named_notebooks', 'course_lib/run.py'),
                                 'course_lib.run.normalise': ('appendix/run.html#normalise', 'course_lib/run.py'),
                                 'course_lib.run.notebooks': ('appendix/run.html#notebooks', 'course_lib/run.py'),
                                 'course_lib.run.read_notebook': ('appendix/run.html#read_notebook', 'course_lib/run.py'),

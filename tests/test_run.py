@@ -22,6 +22,8 @@ def test_runs_without_any_package():
 def test_unknown_command_is_refused():
     done = subprocess.run([sys.executable, "-m", "course_lib.run", "labb"], cwd=run.ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "labb" in done.stderr
+    done = subprocess.run([sys.executable, "-m", "course_lib.run", "lab", "--prot", "1"], cwd=run.ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "lab does not know --prot 1" in done.stderr
 
 
 def test_environment_is_rebuilt_when_its_recipe_changed(tmp_path, monkeypatch):
