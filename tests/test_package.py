@@ -97,8 +97,8 @@ def test_there_are_workflows():
 
 
 def test_code_is_lint_free():
-    done = subprocess.run([sys.executable, "-m", "ruff", "check", "course_lib", "tests", "benchmarks", "examples", "setup.py", "nbs/conftest.py"],
-                          cwd=ROOT, capture_output=True, text=True)
+    places = [p for p in ("course_lib", "tests", "benchmarks", "examples", "setup.py", "nbs/conftest.py") if (ROOT / p).exists()]
+    done = subprocess.run([sys.executable, "-m", "ruff", "check", *places], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 
@@ -111,7 +111,8 @@ def test_every_requirement_has_a_tested_version():
 
 def test_environment_file_takes_the_packages_from_pip():
     text = (ROOT / "environment.yml").read_text()
-    assert "conda-forge" in text and "- -e .[dev]" in text and "- -c constraints.txt" in text and f"python>={settings()['min_python']}" in text
+    for line in ("conda-forge", "- -e .[dev]", "- -c constraints.txt", f"python>={settings()['min_python']}"):
+        assert line in text
 
 
 def test_every_command_is_a_make_target():
