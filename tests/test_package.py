@@ -67,22 +67,26 @@ def test_wheel_installs_into_an_empty_environment_and_imports_there(wheel, tmp_p
     assert done.stdout.strip().startswith(str(site)) and not done.stderr
 
 
-def cpu_seconds(code: str) -> float:
-    "CPU seconds that the last line of `code` takes in a fresh process, after the lines before it"
-    *before, last = code.splitlines()
-    program = "\n".join([*before, "import time; t = time.process_time()", last, "print(time.process_time() - t)"])
-    return float(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT).stdout.split()[-1])
+def import_in_fresh_process(module: str) -> tuple[float, list[str]]:
+    "CPU seconds that importing a module adds to torch (and matplotlib where it draws), and which heavy packages it brought along"
+    given = ["torch"] + ["matplotlib.pyplot"] * (module in DRAW)
+    program = (f"import sys, time, {', '.join(given)}\nbefore = time.process_time()\nimport course_lib.{module}\n"
+               "print(time.process_time() - before, *(p for p in ('torchvision', 'IPython', 'nbdev') if p in sys.modules))")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert not done.stderr
+    seconds, *heavy = done.stdout.split()
+    return float(seconds), heavy
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_import_is_light(module):
-    "At most .15 s on top of torch, and of matplotlib where the module draws; torchvision waits until it is used"
-    given = "import torch" + ("\nimport matplotlib.pyplot" if module in DRAW else "")
-    best = min(cpu_seconds(f"{given}\nimport course_lib.{module}") for _ in range(3))
-    assert best <= .15
-    check = f"import sys, course_lib.{module}; print('torchvision' in sys.modules, 'IPython' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, cwd=ROOT)
-    assert done.stdout.split() == ["False", "False"] and not done.stderr
+    "At most .15 s on top of torch (and matplotlib); torchvision waits until it is used. The best of three tries counts"
+    for _ in range(3):
+        seconds, heavy = import_in_fresh_process(module)
+        assert not heavy
+        if seconds <= .15:
+            return
+    raise AssertionError(f"importing course_lib.{module} takes {seconds:.2f} s")
 
 
 @pytest.mark.parametrize("workflow", sorted((ROOT / ".github" / "workflows").glob("*.yml")), ids=lambda p: p.name)
