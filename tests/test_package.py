@@ -2,6 +2,7 @@
 import configparser
 import os
 import re
+import shutil
 import subprocess
 import sys
 import venv
@@ -9,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from course_lib.run import COMMANDS, ROOT, notebooks, read_notebook, results_table, with_results
 
@@ -25,7 +27,6 @@ def settings() -> configparser.SectionProxy:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
     "The wheel, built from a copy of what it is made of"
-    import shutil
     source = tmp_path_factory.mktemp("source")
     for name in ("settings.ini", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
@@ -54,13 +55,13 @@ def test_wheel_installs_into_an_empty_environment_and_imports_there(wheel, tmp_p
     env = tmp_path / "env"
     venv.create(env, with_pip=False)
     python = env / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    site = Path(subprocess.run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], capture_output=True, text=True,
-                               check=True).stdout.strip())
-    zipfile.ZipFile(wheel).extractall(site)
-    lender = Path(sys.modules["torch"].__file__).parents[1] if "torch" in sys.modules else None
-    import torch
-    (site / "lent.pth").write_text(str(lender or Path(torch.__file__).parents[1]))
-    code = "import course_lib, importlib; print(course_lib.__file__)\n" + "\n".join(f"import course_lib.{m}" for m in MODULES)
+    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--no-deps", "--no-index", str(wheel)]
+    done = subprocess.run(install, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    where = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    site = Path(subprocess.run([python, "-c", where], capture_output=True, text=True, check=True).stdout.strip())
+    (site / "lent.pth").write_text(str(Path(torch.__file__).parents[1]))
+    code = "import course_lib; print(course_lib.__file__)\n" + "\n".join(f"import course_lib.{m}" for m in MODULES)
     env_vars = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     done = subprocess.run([python, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=env_vars)
     assert done.returncode == 0, done.stderr
