@@ -360,7 +360,8 @@ def _real(spec):
     except NoDataError as e:
         error = e
     except _WrongFile as e:
-        error = NoDataError(f"{e}; delete it", f"{spec.name} cannot be used: {e}; delete it from {spec.place(root)} and it will be downloaded again{spec.instead}.")
+        error = NoDataError(f"{e}; delete it", f"{spec.name} cannot be used: {e}; delete it from {spec.place(root)}, and it will be "
+                            f"downloaded again{spec.instead}.")
     except OSError as e:
         why = _reason(e)
         error = NoDataError(why, f"{spec.name} cannot be read from or written to {root} ({why}); correct that, or point COURSE_DATA at "
