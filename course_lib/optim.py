@@ -10,14 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# %% ../nbs/03_gradient_descent.ipynb #6c247179
-_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "lr": (lambda v: v >= 0, "a learning rate is >= 0"),
-    "momentum": (lambda v: v >= 0, "momentum is >= 0"),
-    "weight_decay": (lambda v: v >= 0, "weight decay is >= 0"),
-    "eps": (lambda v: v >= 0, "eps is >= 0"),
-    "betas": (lambda v: len(v) == 2 and all(0 <= b < 1 for b in v), "the betas are two numbers >= 0 and < 1"),
-}
+# %% ../nbs/03_gradient_descent.ipynb #9e203da6
 _CHUNK = 1 << 16  # numbers; on the CPU, intermediate results of more than that fall out of the cache
 
 
@@ -31,7 +24,16 @@ def _chunks(params: list[Tensor], *others: list) -> Iterator[tuple[list, ...]]:
         n += p.numel()
     yield tuple(x[start:] for x in (params, *others))
 
+# %% ../nbs/03_gradient_descent.ipynb #bb9042d7
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "lr": (lambda v: v >= 0, "a learning rate is >= 0"),
+    "momentum": (lambda v: v >= 0, "momentum is >= 0"),
+    "weight_decay": (lambda v: v >= 0, "weight decay is >= 0"),
+    "eps": (lambda v: v >= 0, "eps is >= 0"),
+    "betas": (lambda v: len(v) == 2 and all(0 <= b < 1 for b in v), "the betas are two numbers >= 0 and < 1"),
+}
 
+# %% ../nbs/03_gradient_descent.ipynb #6c247179
 class Optimizer:
     "What all optimisers share: groups of parameters with their settings, state for each parameter, and a step over all tensors at once"
 
