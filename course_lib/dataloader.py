@@ -165,8 +165,10 @@ class DataLoader:
                     batch = batch[0]
             else:
                 indices = range(s.start, s.stop) if order is None else order[s].tolist()
-                batch = default_collate([self.dataset[i] for i in indices])
-                batch = to_device(tuple(batch) if isinstance(batch, list) else batch, self._device)
+                items = [self.dataset[i] for i in indices]
+                batch = to_device(default_collate(items), self._device)
+                if isinstance(items[0], (tuple, list)) and isinstance(batch, list):
+                    batch = tuple(batch)                     # pairs stay pairs, as on the fast path
             if self.transform is not None:
                 batch = (self.transform(batch[0]), *batch[1:]) if isinstance(batch, tuple) else self.transform(batch)
             yield batch
