@@ -44,7 +44,7 @@ def _png(fig: Figure, dpi: int) -> bytes:
     fig.savefig(buffer, format="png", dpi=dpi)
     image = Image.open(buffer).convert("RGB")
     if image.getcolors(2**13):
-        image = image.quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+        image = image.quantize(256, method=Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE)  # keeps rare colours
     buffer = io.BytesIO()
     image.save(buffer, format="png", optimize=True)
     return buffer.getvalue()
@@ -62,7 +62,7 @@ def show_figure(fig: Figure,
         width, height = (round(90 * inches) for inches in fig.get_size_inches())
         display({"image/png": base64.b64encode(_png(fig, dpi)).decode(), "text/plain": alt}, raw=True,
                 metadata={"image/png": {"alt": alt, "width": width, "height": height}})
-        display(Markdown(f"*{caption or alt}*"))
+        display(Markdown("*" + (caption or alt).replace("*", r"\*") + "*"))
     elif fig.canvas.required_interactive_framework:
         plt.show()
     plt.close(fig)
@@ -144,7 +144,7 @@ def pixel_table(im: Any,                                # grey picture [H, W], o
     ax.set_xticks(range(w), range(origin[1], origin[1] + w))
     ax.set_yticks(range(h), range(origin[0], origin[0] + h))
     ax.tick_params(length=0, labelsize=fontsize, labelcolor="#555555", top=True, labeltop=True, bottom=False, labelbottom=False)
-    ax.grid(False)
+    ax.spines[:].set_visible(False); ax.grid(False)
     return ax
 
 # %% ../nbs/00_images.ipynb #09774e2a
@@ -168,7 +168,7 @@ def show_images(ims: Sequence,                          # pictures as `show_imag
     fig, axs = subplots(nrows, ncols, imsize=imsize, squeeze=False)
     for ax in axs.flat:
         ax.axis("off")
-    for i, (im, ax) in enumerate(zip(ims, axs.flat)):
+    for i, (im, ax) in enumerate(zip(ims, axs.flat, strict=False)):  # there may be empty places
         show_image(im, ax, title=None if titles is None else titles[i], **kwargs)
     return fig
 

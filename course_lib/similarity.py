@@ -60,5 +60,11 @@ def nearest_mean(x: torch.Tensor,        # float pictures [N, H, W]
                          f"and {list(means.shape)}.")
     if chunk is not None and chunk < 1:
         raise ValueError(f"nearest_mean got chunk={chunk}; it is a number of pictures, at least 1.")
-    chunk = chunk or max(1, 2**20 // max(1, means.numel()))
-    return torch.cat([distance(part[:, None], means).argmin(1) for part in x.split(chunk)])
+    nearest = []
+    for part in x.split(chunk or max(1, 2**20 // max(1, means.numel()))):
+        d = distance(part[:, None], means)
+        if d.shape != (len(part), len(means)):
+            raise ValueError(f"nearest_mean needs a distance that keeps the axes before H and W, [{len(part)}, {len(means)}] here, "
+                             f"but it returned {list(d.shape)}.")
+        nearest.append(d.argmin(1))
+    return torch.cat(nearest)
