@@ -269,7 +269,7 @@ def pixel_stats(x: Tensor,          # uint8 pictures
     for part in x.split(4096):
         part = part.to(torch.float32)                       # sums below are of whole numbers, in float64: nothing is rounded
         total += part.sum(dtype=torch.float64).item()
-        squares += part.square_().sum(dtype=torch.float64).item()
+        squares += part.square().sum(dtype=torch.float64).item()
     mean = total / x.numel()
     return mean / 255, math.sqrt(max(squares / x.numel() - mean**2, 0.0)) / 255
 
