@@ -177,7 +177,7 @@ class _Digits:
     def by_hand(self, root: Path) -> str:
         return f"put {', '.join(f'{name}.gz' for name in self.files())} into {self.place(root)} yourself{self.instead}"
 
-
+# %% ../nbs/01_datasets.ipynb #cdf4a42a
 _MNIST = _Digits(
     "MNIST", tuple("0123456789"),
     train_counts=(5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949),
@@ -316,7 +316,7 @@ class NoDataError(RuntimeError):
         self.reason = reason
 
 
-def _download(spec, root: Path) -> None:
+def _download(spec: "_Digits | _Photos", root: Path) -> None:
     "Let torchvision download into a temporary folder, check what came, and only then move it to its place; OSError or NoDataError"
     whys = {}
     with _workshop(root, spec.name, seconds=4 * spec.seconds) as part:
@@ -344,18 +344,19 @@ def _download(spec, root: Path) -> None:
                  f"try again later, or {spec.by_hand(root)}.")
 
 
-_gave_up: dict[tuple[str, Path], NoDataError] = {}  # what `auto` does not try again in this process
+_gave_up: dict[tuple[str, Path], NoDataError] = {}  # downloads that `auto` does not try again in this process
 
 
-def _real(spec):
+def _real(spec: "_Digits | _Photos") -> "ImageData | Path":
     "What `spec` reads: from the data folder, else downloaded to it; NoDataError says why it cannot be had and what to do"
-    root = data_path()
-    key = spec.name, root
-    if course_source() == "auto" and key in _gave_up:
-        raise _gave_up[key]
+    root, downloading = data_path(), False
     try:
         if spec.missing(root):
+            if course_source() == "auto" and (spec.name, root) in _gave_up:
+                raise _gave_up[spec.name, root].with_traceback(None)
+            downloading = True
             _download(spec, root)
+            downloading = False
         return spec.read(root)
     except NoDataError as e:
         error = e
@@ -366,7 +367,8 @@ def _real(spec):
         why = _reason(e)
         error = NoDataError(why, f"{spec.name} cannot be read from or written to {root} ({why}); correct that, or point COURSE_DATA at "
                             f"another folder{spec.instead}.")
-    _gave_up[key] = error
+    if downloading:
+        _gave_up[spec.name, root] = error
     raise error
 
 # %% ../nbs/01_datasets.ipynb #d221c506
@@ -432,7 +434,8 @@ def fashion_mnist() -> ImageData:
     return data
 
 
-def _not_drawn(spec):
+def _not_drawn(spec: "_Digits | _Photos") -> "_Digits | _Photos":
+    "`spec`, unless only drawn pictures are wanted"
     if course_source() == "drawn":
         raise NoDataError("there is no drawn version", f"{spec.name} has no drawn version, and COURSE_SOURCE is 'drawn'; "
                           "set it to auto or real, or use mnist().")
