@@ -47,11 +47,11 @@ class Optimizer:
         if isinstance(params, Tensor):
             raise ValueError(f"{name} got one tensor; put it into a list, as in {name}([w]).")
         params = list(params)
-        if not params:
+        for group in params if params and isinstance(params[0], dict) else [{"params": params}]:
+            self.add_param_group(group)
+        if not self._params():
             raise ValueError(f"{name} got an empty list of parameters; give it model.parameters() "
                              "(a generator that has been used before is empty).")
-        for group in params if isinstance(params[0], dict) else [{"params": params}]:
-            self.add_param_group(group)
 
     def add_param_group(self, group: dict[str, Any]) -> None:
         "Add parameters with settings of their own, `{'params': tensors, 'lr': ...}`; ValueError for one that cannot be trained"
@@ -156,9 +156,13 @@ class Optimizer:
             group.update({key: tuple(v) if isinstance(v, list) else v for key, v in g.items() if key != "params"})
 
     def __repr__(self) -> str:
-        lines = [", ".join(f"{k}={v}" for k, v in g.items() if k != "params")
-                 + f"; {len(g['params'])} tensors, {sum(p.numel() for p in g['params']):,} numbers" for g in self.param_groups]
-        return f"{type(self).__name__}({lines[0] if len(lines) == 1 else ''.join(f'{chr(10)}  {line}' for line in lines) + chr(10)})"
+        lines = []
+        for g in self.param_groups:
+            n, numbers = len(g["params"]), sum(p.numel() for p in g["params"])
+            settings = ", ".join(f"{k}={v}" for k, v in g.items() if k != "params")
+            lines.append(f"{settings}; {numbers:,} numbers in {n} tensor{'s' * (n != 1)}")
+        name = type(self).__name__
+        return f"{name}({lines[0]})" if len(lines) == 1 else "\n  ".join([f"{name}(", *lines]) + "\n)"
 
 # %% ../nbs/03_gradient_descent.ipynb #ea8425a1
 class SGD(Optimizer):
