@@ -21,13 +21,14 @@ from PIL import Image
 from .settings import in_notebook
 
 # %% ../nbs/00_images.ipynb #1a2d5e9b
-# Okabe and Ito's colours (told apart with every kind of colour vision), each with its own dash: no line is told by colour alone.
+# Okabe and Ito's colours, told apart with every kind of colour vision, each with a dash of its own.
 STYLE = {
     "axes.prop_cycle": cycler(color=["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000"])
     + cycler(linestyle=["-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1))]),
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
     "grid.color": "#dddddd", "grid.linewidth": .6, "figure.facecolor": "white", "font.size": 10,
-    "figure.constrained_layout.use": True, "figure.constrained_layout.h_pad": .07, "figure.constrained_layout.w_pad": .07,
+    "figure.constrained_layout.use": True,
+    "figure.constrained_layout.h_pad": .07, "figure.constrained_layout.w_pad": .07,
 }
 
 
@@ -39,12 +40,12 @@ def subplots(nrows: int = 1, ncols: int = 1, figsize: tuple[float, float] | None
 
 # %% ../nbs/00_images.ipynb #b7768134
 def _png(fig: Figure, dpi: int) -> bytes:
-    "The figure as PNG; with a palette, which takes a third of the bytes, unless it has as many colours as a photo"
+    "The figure as PNG, with a palette (a third of the bytes) unless it has as many colours as a photo"
     buffer = io.BytesIO()
     fig.savefig(buffer, format="png", dpi=dpi)
     image = Image.open(buffer).convert("RGB")
-    if image.getcolors(2**13):
-        image = image.quantize(256, method=Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE)  # keeps rare colours
+    if image.getcolors(2**13):      # MAXCOVERAGE keeps colours that are rare
+        image = image.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE)
     buffer = io.BytesIO()
     image.save(buffer, format="png", optimize=True)
     return buffer.getvalue()
@@ -53,8 +54,10 @@ def _png(fig: Figure, dpi: int) -> bytes:
 def show_figure(fig: Figure,
                 alt: str,                    # what the figure shows, for a reader who cannot see it
                 caption: str | None = None,  # what to take from it, shown below; `alt` if not given
-                dpi: int = 144) -> None:     # dots an inch of the picture; it is shown at 90 an inch, sharp on finer screens too
-    "Show a figure in the notebook with its alt text and a caption, and close it; in a script, open a window if there is a display"
+                dpi: int = 144) -> None:     # dots an inch; shown at 90, to be sharp on fine screens
+    """Show a figure in the notebook with its alt text and a caption, and close it.
+
+    In a script it opens a window, if there is a display."""
     if not alt.strip():
         raise ValueError("show_figure needs an alt text: say in a sentence what the figure shows.")
     if in_notebook():
@@ -69,12 +72,13 @@ def show_figure(fig: Figure,
 
 # %% ../nbs/00_images.ipynb #ed065cd3
 def tensor(x: Any, *rest: Any, **kwargs: Any) -> torch.Tensor:
-    """A tensor from numbers (`tensor(1, 2)`), lists (several are stacked), an array or a PIL picture (uint8 [H, W] or [H, W, C]).
+    """A tensor from numbers (`tensor(1, 2)`), lists (several are stacked), an array or a PIL picture.
 
-    Keyword arguments are those of `torch.as_tensor`; an array that can be shared is not copied."""
+    A grey picture gives uint8 [H, W], one with channels uint8 [H, W, C]. Keyword arguments are those of
+    `torch.as_tensor`. An array shares its memory with the tensor where PyTorch can do that."""
     if rest:
         x = (x, *rest)
-    if isinstance(x, (list, tuple)) and len(x) and isinstance(x[0], (torch.Tensor, np.ndarray, Image.Image)):
+    if isinstance(x, (list, tuple)) and x and isinstance(x[0], (torch.Tensor, np.ndarray, Image.Image)):
         x = torch.stack([tensor(o) for o in x])
     if isinstance(x, Image.Image):  # a palette's indices, or CMYK, are no colours to calculate with
         x = np.array(x.convert("RGB") if x.mode in ("P", "PA", "CMYK", "YCbCr", "LAB", "HSV") else x)
@@ -87,17 +91,18 @@ def tensor(x: Any, *rest: Any, **kwargs: Any) -> torch.Tensor:
 
 # %% ../nbs/00_images.ipynb #83b0a0e9
 def _drawable(im: Any) -> torch.Tensor:
-    "A picture as [H, W], [H, W, 3] or [H, W, 4] on the CPU, with values that matplotlib draws without complaint"
+    "A picture as [H, W], [H, W, 3] or [H, W, 4] on the CPU, with values that matplotlib takes quietly"
     x = tensor(im).detach().cpu()
     if x.ndim == 3 and (x.shape[0] in (1, 3) or (x.shape[0] == 4 and x.shape[-1] not in (1, 3, 4))):
         x = x.permute(1, 2, 0)      # [C, H, W] -> [H, W, C]
     if x.ndim == 3 and x.shape[-1] == 1:
         x = x[..., 0]
     if not x.numel() or not (x.ndim == 2 or (x.ndim == 3 and x.shape[-1] in (3, 4))):
-        raise ValueError(f"show_image draws one picture, [H, W] or with 1, 3 or 4 channels, but the shape is {list(tensor(im).shape)}.")
+        raise ValueError(f"show_image draws one picture, [H, W] or with 1, 3 or 4 channels, but the "
+                         f"shape is {list(tensor(im).shape)}.")
     if x.dtype in (torch.bool, torch.float16, torch.bfloat16):
         x = x.float()
-    if x.ndim == 3 and x.dtype != torch.uint8:      # colours: 0 to 1 as floats, 0 to 255 as whole numbers
+    if x.ndim == 3 and x.dtype != torch.uint8:  # colours: 0 to 1 as floats, 0 to 255 as whole numbers
         x = x.clamp(0, 1) if x.is_floating_point() else x.clamp(0, 255).to(torch.uint8)
     return x
 
@@ -107,11 +112,11 @@ def show_image(im: Any,                                   # tensor on any device
                figsize: tuple[float, float] | None = None,
                title: str | None = None,
                ctx: Axes | None = None,                   # another name for `ax`, which fastai uses
-               **kwargs: Any) -> Axes:                    # passed on to `imshow`: cmap, vmin, vmax, ...
+               **kwargs: Any) -> Axes:  # passed on to `imshow`: cmap, vmin, vmax, ...
     """Draw one picture: [H, W], or [C, H, W] or [H, W, C] with 1, 3 or 4 channels.
 
-    Grey bytes are drawn on the scale 0 to 255, other grey values from their least to their greatest (`vmin` and `vmax` change that);
-    colours outside 0 to 1 (floats) or 0 to 255 are clipped."""
+    Grey bytes are drawn on the scale 0 to 255, other grey values from their least to their greatest
+    (`vmin` and `vmax` change that); colours outside 0 to 1 (floats) or 0 to 255 are clipped."""
     x, ax = _drawable(im), ax or ctx
     if ax is None:
         _, ax = subplots(figsize=figsize or (3, 3))
@@ -126,11 +131,12 @@ def show_image(im: Any,                                   # tensor on any device
 def pixel_table(im: Any,                                # grey picture [H, W], or a cut from one
                 ax: Axes | None = None,
                 fontsize: float = 9,
-                origin: tuple[int, int] = (0, 0)) -> Axes:   # row and column that the first cell has in the whole picture
-    "Draw a grey picture [H, W] as a table of its numbers, each cell shaded by its value, with row and column numbers"
+                origin: tuple[int, int] = (0, 0)) -> Axes:   # row and column of the first cell
+    "Draw a grey picture [H, W] as a table of its numbers, each cell shaded by its value"
     x = tensor(im).detach().cpu()
     if x.ndim != 2 or not x.numel():
-        raise ValueError(f"pixel_table draws a grey picture [H, W], but the shape is {list(x.shape)}.")
+        raise ValueError(f"pixel_table draws a grey picture [H, W], but the shape is "
+                         f"{list(x.shape)}.")
     h, w = x.shape
     whole = not x.is_floating_point()
     x = x.float()
@@ -143,28 +149,31 @@ def pixel_table(im: Any,                                # grey picture [H, W], o
                 color="white" if v > middle else "black")
     ax.set_xticks(range(w), range(origin[1], origin[1] + w))
     ax.set_yticks(range(h), range(origin[0], origin[0] + h))
-    ax.tick_params(length=0, labelsize=fontsize, labelcolor="#555555", top=True, labeltop=True, bottom=False, labelbottom=False)
+    ax.tick_params(length=0, labelsize=fontsize, labelcolor="#555555", labeltop=True, labelbottom=False)
     ax.spines[:].set_visible(False); ax.grid(False)
     return ax
 
 # %% ../nbs/00_images.ipynb #09774e2a
-def show_images(ims: Sequence,                          # pictures as `show_image` takes them; or one tensor [N, ...]
-                nrows: int | None = None, ncols: int | None = None,      # one row up to 8 pictures, else about a square
+def show_images(ims: Sequence,  # pictures as `show_image` takes them; or one tensor [N, ...]
+                nrows: int | None = None,               # one row up to 8 pictures, else about a square
+                ncols: int | None = None,
                 titles: Sequence[str] | None = None,
                 imsize: float = 1.2,                    # inches a picture
-                **kwargs: Any) -> Figure:               # passed on to `show_image`: cmap, vmin, vmax, ...
+                **kwargs: Any) -> Figure:  # passed on to `show_image`: cmap, vmin, vmax, ...
     "Draw pictures in a grid, every one of them, and return the figure"
     n = len(ims)
     if n == 0:
         raise ValueError("show_images got no picture; give it at least one.")
     if titles is not None and len(titles) != n:
-        raise ValueError(f"show_images got {n} pictures and {len(titles)} titles; give one title a picture.")
+        raise ValueError(f"show_images got {n} pictures and {len(titles)} titles; give one title a "
+                         f"picture.")
     if nrows is None:
         ncols = ncols or (math.ceil(math.sqrt(n)) if n > 8 else n)
         nrows = math.ceil(n / ncols)
     ncols = ncols or math.ceil(n / nrows)
     if nrows * ncols < n:
-        raise ValueError(f"show_images got {n} pictures for {nrows} x {ncols} places; leave out nrows or ncols to get as many as needed.")
+        raise ValueError(f"show_images got {n} pictures for {nrows} x {ncols} places; leave out "
+                         f"nrows or ncols to get as many as needed.")
     fig, axs = subplots(nrows, ncols, imsize=imsize, squeeze=False)
     for ax in axs.flat:
         ax.axis("off")

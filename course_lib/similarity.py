@@ -11,52 +11,59 @@ import torch
 # %% ../nbs/02_pixel_similarity.ipynb #86960e66
 def _check_float(name: str, x: torch.Tensor) -> None:
     if not x.is_floating_point():
-        raise ValueError(f"{name} needs float pictures, but got {x.dtype} (differences of uint8 values wrap around); "
+        raise ValueError(f"{name} needs float pictures, but got {x.dtype} (differences of uint8 "
+                         f"values wrap around); "
                          "convert them with x.float() / 255.")
 
 
 def class_means(x: torch.Tensor,      # float pictures [N, ...]
                 y: torch.Tensor,      # class indices [N], integers from 0 to n_classes - 1
                 n_classes: int) -> torch.Tensor:
-    "The mean picture of each class, [n_classes, ...]; ValueError for labels that do not fit and for a class without pictures"
+    "The mean picture of each class, [n_classes, ...]; ValueError if a label is wrong or a class empty"
     _check_float("class_means", x)
     if y.ndim != 1 or y.is_floating_point() or len(x) != len(y):
-        raise ValueError(f"class_means needs one integer label a picture, but got {len(x)} pictures and labels of shape "
+        raise ValueError(f"class_means needs one integer label a picture, but got {len(x)} pictures "
+                         f"and labels of shape "
                          f"{list(y.shape)}, {y.dtype}.")
     if len(y) and not 0 <= int(y.min()) <= int(y.max()) < n_classes:
-        raise ValueError(f"class_means got labels from {int(y.min())} to {int(y.max())}; with n_classes={n_classes} "
+        raise ValueError(f"class_means got labels from {int(y.min())} to {int(y.max())}; with "
+                         f"n_classes={n_classes} "
                          f"they have to be 0 to {n_classes - 1}.")
     classes = [(y == c).to(x.device) for c in range(n_classes)]
     if empty := [c for c, own in enumerate(classes) if not own.any()]:
-        raise ValueError(f"class_means got no picture of class {', '.join(map(str, empty))}; each class needs at least one.")
+        raise ValueError(f"class_means got no picture of class {', '.join(map(str, empty))}; each "
+                         f"class needs at least one.")
     return torch.stack([x[own].mean(0) for own in classes])
 
 # %% ../nbs/02_pixel_similarity.ipynb #f476ca31
 def _check_pair(name: str, a: torch.Tensor, b: torch.Tensor) -> None:
     _check_float(name, a); _check_float(name, b)
     if a.ndim < 2 or b.ndim < 2 or a.shape[-2:] != b.shape[-2:]:
-        raise ValueError(f"{name} compares pictures [..., H, W] of one size, but the shapes are {list(a.shape)} and {list(b.shape)}.")
+        raise ValueError(f"{name} compares pictures [..., H, W] of one size, but the shapes are "
+                         f"{list(a.shape)} and {list(b.shape)}.")
 
 
 def mnist_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    "Mean absolute difference (MAE, 'L1') of float pictures [..., H, W]; the axes before H and W broadcast and remain"
+    "Mean absolute difference (MAE, 'L1') of float pictures [..., H, W]; the axes before H, W broadcast"
     _check_pair("mnist_distance", a, b)
     return (a - b).abs().mean((-1, -2))
 
 
 def rms_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    "Root of the mean squared difference (RMSE, 'L2') of float pictures [..., H, W]; the axes before H and W broadcast and remain"
+    "Root mean squared difference (RMSE, 'L2') of float pictures [..., H, W]; axes before H, W broadcast"
     _check_pair("rms_distance", a, b)
     return (a - b).square().mean((-1, -2)).sqrt()
 
 # %% ../nbs/02_pixel_similarity.ipynb #da65d20b
 def nearest_mean(x: torch.Tensor,        # float pictures [N, H, W]
                  means: torch.Tensor,    # one picture a class [C, H, W], on the same device
-                 distance: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = mnist_distance,  # [n, 1, H, W], [C, H, W] -> [n, C]
-                 chunk: int | None = None) -> torch.Tensor:  # pictures compared at once; None: about 4 MB of differences
-    "The class whose mean is nearest for each picture, int64 [N] (the lowest class in a tie); computed in chunks to save memory"
+                 distance: Callable[..., torch.Tensor] = mnist_distance,  # [n, 1, H, W], [C, H, W] -> [n, C]
+                 chunk: int | None = None           # pictures at once; None: about 4 MB of differences
+                 ) -> torch.Tensor:
+    "The class of the nearest mean for each picture, int64 [N] (the lowest in a tie); in chunks, to save memory"
     if x.ndim != 3 or means.ndim != 3 or not len(means):
-        raise ValueError(f"nearest_mean needs pictures [N, H, W] and means [C, H, W], but the shapes are {list(x.shape)} "
+        raise ValueError(f"nearest_mean needs pictures [N, H, W] and means [C, H, W], but the "
+                         f"shapes are {list(x.shape)} "
                          f"and {list(means.shape)}.")
     if chunk is not None and chunk < 1:
         raise ValueError(f"nearest_mean got chunk={chunk}; it is a number of pictures, at least 1.")
@@ -64,7 +71,8 @@ def nearest_mean(x: torch.Tensor,        # float pictures [N, H, W]
     for part in x.split(chunk or max(1, 2**20 // max(1, means.numel()))):
         d = distance(part[:, None], means)
         if d.shape != (len(part), len(means)):
-            raise ValueError(f"nearest_mean needs a distance that keeps the axes before H and W, [{len(part)}, {len(means)}] here, "
+            raise ValueError(f"nearest_mean needs a distance that keeps the axes before H and W, "
+                             f"[{len(part)}, {len(means)}] here, "
                              f"but it returned {list(d.shape)}.")
         nearest.append(d.argmin(1))
     return torch.cat(nearest)
