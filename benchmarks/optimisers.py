@@ -7,6 +7,7 @@ CPU time of interleaved rounds; each cell is ours/theirs: median (lowest to high
 `--strict` ends with an error where ours takes more than 1.2 times the time of torch's default in the median.
 """
 import argparse
+import gc
 import sys
 from collections.abc import Callable
 from statistics import median
@@ -47,6 +48,7 @@ def main() -> int:
         "100 tensors of 100": ([(100,)] * 100, 100), "100 tensors of 5,000": ([(5000,)] * 100, 30),
         "100 tensors of 100,000": ([(100_000,)] * 100, 2), "ResNet-18, 62 tensors, 11.7 M": ([p.shape for p in resnet18().parameters()], 2)}
     print(environment(), end="\n\n")
+    gc.disable()  # a collection in the middle of a round would be counted against whoever's turn it is
     rows, slow = [], []
     for model, (shapes, times) in models.items():
         for method, (name, kw) in METHODS.items():

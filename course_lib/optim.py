@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 # %% ../nbs/03_gradient_descent.ipynb #9e203da6
-_CHUNK = 1 << 16  # numbers; on the CPU, intermediate results of more than that fall out of the cache
+_CHUNK = 1 << 16  # numbers; on the CPU, memory for larger intermediate results would be fetched from the system in each step
 
 
 def _chunks(params: list[Tensor], *others: list) -> Iterator[tuple[list, ...]]:
@@ -133,7 +133,10 @@ class Optimizer:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         "Go on from a `state_dict()`, which is copied; ValueError, and nothing is changed, if it does not fit"
-        name, saved = type(self).__name__, state_dict["param_groups"]
+        name = type(self).__name__
+        if not {"state", "param_groups"} <= state_dict.keys():
+            raise ValueError(f"{name} got a state without 'state' or 'param_groups'; load what state_dict() returned.")
+        saved = state_dict["param_groups"]
         sizes, own = ([len(g["params"]) for g in groups] for groups in (saved, self.param_groups))
         if sizes != own:
             raise ValueError(f"The saved state is for groups of {sizes} tensors, this {name} has {own}; build both from the same model.")

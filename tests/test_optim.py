@@ -356,6 +356,11 @@ def test_a_state_that_does_not_fit_changes_nothing(saver, message):
     assert all(torch.equal(after["state"][0][k], before["state"][0][k]) for k in ("exp_avg", "exp_avg_sq"))
 
 
+def test_something_else_than_a_state():
+    with pytest.raises(ValueError, match="Adam got a state without 'state' or 'param_groups'"):
+        Adam([W]).load_state_dict({"weights": 1})
+
+
 def test_sparse_gradients_are_refused():
     e = nn.Embedding(5, 2, sparse=True)
     e(torch.tensor([1])).sum().backward()
