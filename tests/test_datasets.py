@@ -380,6 +380,19 @@ def test_two_processes_share_one_download(server, root):
     assert left(root) == ["MNIST", "MNIST/raw", *(f"MNIST/raw/{name}" for name in sorted(FILES))]
 
 
+@pytest.mark.parametrize("changed, words", [
+    (dict(train_counts=(3, 1) + (2,) * 8), "labels a class instead of [3, 1, 2,"),
+    (dict(train_counts=(2,) * 9 + (1,)), "train-images-idx3-ubyte has 336 bytes instead of 320"),
+    (dict(size=5), "train-images-idx3-ubyte has 336 bytes instead of 516"),
+])
+def test_a_download_with_another_content_is_not_kept(server, root, monkeypatch, changed, words):
+    "The packed file has the right checksum, as from a host that changed both; what is in it is looked at all the same"
+    monkeypatch.setattr(datasets, "_FASHION", dataclasses.replace(datasets._FASHION, **changed))
+    with pytest.raises(NoDataError) as error:
+        datasets.fashion_mnist()
+    assert words in one_sentence(error) and left(root) == []
+
+
 def test_what_a_killed_process_left_is_cleared(server, root):
     (root / ".MNIST.part" / "MNIST" / "raw").mkdir(parents=True)
     (root / ".MNIST.part" / "MNIST" / "raw" / FIRST).write_bytes(b"half")
