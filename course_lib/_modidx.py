@@ -208,6 +208,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'course_lib.settings': { 'course_lib.settings._default_device': ( 'appendix/settings.html#_default_device',
                                                                               'course_lib/settings.py'),
                                      'course_lib.settings._read': ('appendix/settings.html#_read', 'course_lib/settings.py'),
+                                     'course_lib.settings._result_line': ('appendix/settings.html#_result_line', 'course_lib/settings.py'),
                                      'course_lib.settings._trouble': ('appendix/settings.html#_trouble', 'course_lib/settings.py'),
                                      'course_lib.settings.course_scale': ('appendix/settings.html#course_scale', 'course_lib/settings.py'),
                                      'course_lib.settings.course_source': ( 'appendix/settings.html#course_source',

@@ -6,7 +6,6 @@ __all__ = ['ANSWER_SECONDS', 'ImageData', 'NoDataError', 'drawn_mnist', 'mnist',
 
 # %% ../nbs/01_datasets.ipynb #b38957da
 import contextlib
-import csv
 import errno
 import hashlib
 import http.client
@@ -18,6 +17,7 @@ import threading
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -56,14 +56,16 @@ def _check_labels(part: str, y: torch.Tensor, pictures: int, classes: int) -> No
     if y.ndim != 1:
         raise ValueError(f"{part}_y has the shape {list(y.shape)}; labels have to be [N], one index a picture.")
     if len(y) != pictures:
-        raise ValueError(f"{part}_x has {pictures:,} pictures and {part}_y {len(y):,} labels; give each picture one label.")
+        raise ValueError(f"{part}_x has {pictures:,} pictures and {part}_y {len(y):,} labels; "
+                         "give each picture one label.")
     if (wrong := y[(y < 0) | (y >= classes)]).numel():
-        raise ValueError(f"{part}_y holds the label {int(wrong[0])}, but with {classes} classes labels go from 0 to {classes - 1}.")
+        raise ValueError(f"{part}_y holds the label {int(wrong[0])}, but with {classes} classes "
+                         f"labels go from 0 to {classes - 1}.")
 
 # %% ../nbs/01_datasets.ipynb #9cafab67
 @dataclass(eq=False, repr=False)
 class ImageData:
-    "Grey pictures and labels for training and validation, whole in memory; a ValueError tells what does not fit together"
+    "Grey pictures and labels for training and validation, in memory; a ValueError tells what does not fit"
     train_x: torch.Tensor  # uint8 [N, H, W], 0 is background
     train_y: torch.Tensor  # int64 [N], indices into `classes`
     valid_x: torch.Tensor  # uint8 [M, H, W]
@@ -76,12 +78,14 @@ class ImageData:
         if self.source not in ("real", "drawn"):
             raise ValueError(f"ImageData got source {self.source!r}; it has to be 'real' or 'drawn'.")
         if not self.classes or len(set(self.classes)) != len(self.classes):
-            raise ValueError(f"ImageData needs at least one class, each with a name of its own, but got {self.classes}.")
+            raise ValueError("ImageData needs at least one class, each with a name of its own, "
+                             f"but got {self.classes}.")
         for part, x, y in (("train", self.train_x, self.train_y), ("valid", self.valid_x, self.valid_y)):
             _check_pictures(part, x)
             _check_labels(part, y, len(x), self.c)
         if self.train_x.shape[1:] != self.valid_x.shape[1:]:
-            raise ValueError(f"train_x has pictures of {_size(self.train_x)} and valid_x of {_size(self.valid_x)}; bring them to one size.")
+            raise ValueError(f"train_x has pictures of {_size(self.train_x)} and valid_x of {_size(self.valid_x)}; "
+                             "bring them to one size.")
 
     @property
     def train(self) -> TensorDataset:
@@ -99,8 +103,8 @@ class ImageData:
         return len(self.classes)
 
     def __repr__(self) -> str:
-        return (f"ImageData({self.name}, {self.source}: {len(self.train_x):,} training and {len(self.valid_x):,} validation "
-                f"pictures of {_size(self.train_x)}, {self.c} classes)")
+        return (f"ImageData({self.name}, {self.source}: {len(self.train_x):,} training and {len(self.valid_x):,} "
+                f"validation pictures of {_size(self.train_x)}, {self.c} classes)")
 
 # %% ../nbs/01_datasets.ipynb #2980080c
 class _WrongFile(ValueError):
@@ -109,7 +113,7 @@ class _WrongFile(ValueError):
 
 def _read_idx(path: Path, shape: tuple[int, ...], md5: str | None) -> torch.Tensor:
     "The uint8 numbers in a file of MNIST's format, after a look at its length, header and checksum"
-    header = bytes([0, 0, 8, len(shape)]) + b"".join(n.to_bytes(4, "big") for n in shape)  # 8: uint8; then the rank and each size
+    header = bytes([0, 0, 8, len(shape)]) + b"".join(n.to_bytes(4, "big") for n in shape)  # 8 means uint8
     want, have = len(header) + int(np.prod(shape)), path.stat().st_size
     if have != want:
         raise _WrongFile(f"{path.name} has {have:,} bytes instead of {want:,}")
@@ -129,7 +133,7 @@ class _Digits:
     train_counts: tuple[int, ...]  # pictures a class
     valid_counts: tuple[int, ...]
     md5: tuple[str | None, ...]    # of the four unpacked files
-    mirrors: tuple[str, ...]       # hosts beside those that torchvision knows; every file is checked, wherever it comes from
+    mirrors: tuple[str, ...]       # hosts beside those that torchvision knows; each file is checked all the same
     instead: str = ""              # what else can be done without it, for the error's sentence
     size: int = 28                 # pixels, each way
     seconds: float = 300           # at most for one file
@@ -148,19 +152,25 @@ class _Digits:
         return [name for name in self.files() if not (self.place(root) / name).exists()]
 
     def read(self, root: Path) -> ImageData:
-        "The set, checked by length, header, checksum and number of pictures in each class; _WrongFile or OSError"
-        train_x, train_y, valid_x, valid_y = (_read_idx(self.place(root) / name, *rest) for name, rest in self.files().items())
+        "The set, checked by length, header, checksum and pictures in each class; _WrongFile or OSError"
+        train_x, train_y, valid_x, valid_y = (_read_idx(self.place(root) / name, shape, md5)
+                                              for name, (shape, md5) in self.files().items())
         for part, y, counts in (("train", train_y, self.train_counts), ("t10k", valid_y, self.valid_counts)):
             if (found := torch.bincount(y.long(), minlength=len(counts)).tolist()) != list(counts):
-                raise _WrongFile(f"{part}-labels-idx1-ubyte has {found} labels a class instead of {list(counts)}")
-        return ImageData(train_x, train_y.long(), valid_x, valid_y.long(), list(self.classes), "real", self.name)
+                raise _WrongFile(f"{part}-labels-idx1-ubyte has {found} labels a class "
+                                 f"instead of {list(counts)}")
+        return ImageData(train_x, train_y.long(), valid_x, valid_y.long(),
+                         classes=list(self.classes), source="real", name=self.name)
 
     def sources(self) -> dict[str, Callable[[Path], object]]:
-        "Host -> a function that lets torchvision download into a folder from this host"
+        "Address -> a function that lets torchvision download into a folder from there"
         from torchvision import datasets
         kind = getattr(datasets, self.name)
-        hosts = [url for url in (*kind.mirrors, *self.mirrors) if _allowed(url)]
-        return {url: lambda part, url=url: type(self.name, (kind,), {"mirrors": [url]})(part, download=True) for url in hosts}
+
+        def run(part: Path, url: str) -> None:
+            one_mirror = type(self.name, (kind,), {"mirrors": [url]})
+            one_mirror(part, download=True)
+        return {url: partial(run, url=url) for url in (*kind.mirrors, *self.mirrors) if _allowed(url)}
 
     def begin(self, root: Path, part: Path) -> None:
         "Packed files that the user has are used: torchvision checks them and downloads what does not fit"
@@ -175,7 +185,8 @@ class _Digits:
             os.replace(self.place(part) / name, self.place(root) / name)
 
     def by_hand(self, root: Path) -> str:
-        return f"put {', '.join(f'{name}.gz' for name in self.files())} into {self.place(root)} yourself{self.instead}"
+        names = ", ".join(f"{name}.gz" for name in self.files())
+        return f"put {names} into {self.place(root)} yourself{self.instead}"
 
 # %% ../nbs/01_datasets.ipynb #cdf4a42a
 _MNIST = _Digits(
@@ -187,21 +198,23 @@ _MNIST = _Digits(
     mirrors=("https://storage.googleapis.com/cvdf-datasets/mnist/",),
     instead=", or set COURSE_SOURCE=drawn to go on with drawn digits")
 _FASHION = _Digits(
-    "FashionMNIST", ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+    "FashionMNIST", ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
+                     "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
     train_counts=(6000,) * 10, valid_counts=(1000,) * 10, md5=(None,) * 4,
     mirrors=("https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",))
 
 # %% ../nbs/01_datasets.ipynb #1dbce4bb
 @contextlib.contextmanager
 def _workshop(root: Path, name: str, seconds: float) -> Iterator[Path]:
-    "A name for a temporary file or folder in `root` that no other process uses and that is gone afterwards; OSError if that cannot be"
+    "A name in `root` for a temporary file or folder, ours alone and gone afterwards; OSError if it cannot be"
     root.mkdir(parents=True, exist_ok=True)
     part = root / f".{name}.part"
     try:
         lock = filelock.FileLock(root / f".{name}.lock", timeout=seconds)
         lock.acquire()
     except filelock.Timeout:
-        raise TimeoutError(errno.ETIMEDOUT, f"another process has been busy with {name} for over {seconds:.0f} seconds") from None
+        raise TimeoutError(errno.ETIMEDOUT, f"another process has been busy with {name} "
+                           f"for over {seconds:.0f} seconds") from None
     except NotImplementedError:
         raise OSError(errno.ENOLCK, "its file system has no locks") from None
     try:
@@ -241,7 +254,7 @@ def _allowed(url: str) -> bool:
 
 @contextlib.contextmanager
 def _careful_downloads(seconds: float) -> Iterator[list]:
-    "Inside, urllib takes https only, waits ANSWER_SECONDS for an answer and cuts a connection after `seconds` (and notes it in the list)"
+    "Inside, urllib takes https only, waits ANSWER_SECONDS at most, and cuts (and lists) what lasts over `seconds`"
     cut, timers = [], []
 
     def stop(sock: socket.socket) -> None:
@@ -260,7 +273,7 @@ def _careful_downloads(seconds: float) -> Iterator[list]:
 
     class Http(urllib.request.HTTPHandler):
         def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-            if not _allowed(request.full_url):                  # a mirror, a redirect, or torchvision's second try after an error
+            if not _allowed(request.full_url):                  # a redirect, or torchvision's second try
                 raise _PlainHttp(f"{request.host} offers no https")
             return self.do_open(watched(http.client.HTTPConnection), request)
 
@@ -281,7 +294,9 @@ def _careful_downloads(seconds: float) -> Iterator[list]:
                 timer.cancel()
 
 # %% ../nbs/01_datasets.ipynb #415d4530
-_LOCAL = {getattr(errno, n, None) for n in "ENOSPC EDQUOT EFBIG EIO EACCES EPERM EROFS ENOTDIR EISDIR EEXIST ENAMETOOLONG EXDEV".split()}
+_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}  # Windows has no quota error
+_LOCAL = _FULL | {errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR,
+                  errno.EEXIST, errno.ENAMETOOLONG, errno.EXDEV}
 
 
 def _cause(error: Exception) -> Exception:
@@ -294,7 +309,7 @@ def _cause(error: Exception) -> Exception:
 def _reason(error: Exception) -> str:
     "Why a download failed, in a few words and without a path"
     if isinstance(error, OSError) and error.errno in _LOCAL:
-        return "the disk is full" if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None)) else os.strerror(error.errno)
+        return "the disk is full" if error.errno in _FULL else os.strerror(error.errno)
     if isinstance(reason := getattr(error, "reason", None), Exception):
         error = reason
     text = str(error) or type(error).__name__
@@ -317,8 +332,8 @@ class NoDataError(RuntimeError):
 
 
 def _download(spec: "_Digits | _Photos", root: Path) -> None:
-    "Let torchvision download into a temporary folder, check what came, and only then move it to its place; OSError or NoDataError"
-    whys = {}
+    "Let torchvision download into a temporary folder, check, then move; OSError or NoDataError"
+    whys, why = {}, "no host offers https"
     with _workshop(root, spec.name, seconds=4 * spec.seconds) as part:
         if not spec.missing(root):                               # another process was faster
             return
@@ -331,24 +346,26 @@ def _download(spec: "_Digits | _Photos", root: Path) -> None:
                 with _careful_downloads(spec.seconds) as cut:
                     run(part)
                 spec.read(part)
-            except Exception as e:                               # torchvision, urllib, gzip and tarfile raise many kinds
+            except Exception as e:                               # torchvision raises many kinds
                 e = _cause(e)
                 if isinstance(e, OSError) and e.errno in _LOCAL:
                     raise e
-                whys[urlsplit(url).hostname] = f"not complete after {spec.seconds:g} seconds" if cut else _reason(e)
+                why = f"not complete after {spec.seconds:g} seconds" if cut else _reason(e)
+                whys[urlsplit(url).hostname] = why
             else:
                 return spec.move(part, root)
-    reasons = set(whys.values())
-    why = reasons.pop() if len(reasons) == 1 else "; ".join(f"{host}: {why}" for host, why in whys.items())
-    raise NoDataError(f"it could not be downloaded: {why}", f"{spec.name} could not be downloaded from {' or '.join(whys)} ({why}); "
-                 f"try again later, or {spec.by_hand(root)}.")
+    if len(set(whys.values())) > 1:
+        why = "; ".join(f"{host}: {why}" for host, why in whys.items())
+    raise NoDataError(f"it could not be downloaded: {why}",
+                      f"{spec.name} could not be downloaded from {' or '.join(whys)} ({why}); "
+                      f"try again later, or {spec.by_hand(root)}.")
 
 
 _gave_up: dict[tuple[str, Path], NoDataError] = {}  # downloads that `auto` does not try again in this process
 
 
 def _real(spec: "_Digits | _Photos") -> "ImageData | Path":
-    "What `spec` reads: from the data folder, else downloaded to it; NoDataError says why it cannot be had and what to do"
+    "What `spec` reads, from the data folder or downloaded to it; NoDataError says why not and what to do"
     root, downloading = data_path(), False
     try:
         if spec.missing(root):
@@ -361,12 +378,13 @@ def _real(spec: "_Digits | _Photos") -> "ImageData | Path":
     except NoDataError as e:
         error = e
     except _WrongFile as e:
-        error = NoDataError(f"{e}; delete it", f"{spec.name} cannot be used: {e}; delete it from {spec.place(root)}, and it will be "
-                            f"downloaded again{spec.instead}.")
+        error = NoDataError(f"{e}; delete it",
+                            f"{spec.name} cannot be used: {e}; delete it from {spec.place(root)}, "
+                            f"and it will be downloaded again{spec.instead}.")
     except OSError as e:
         why = _reason(e)
-        error = NoDataError(why, f"{spec.name} cannot be read from or written to {root} ({why}); correct that, or point COURSE_DATA at "
-                            f"another folder{spec.instead}.")
+        error = NoDataError(why, f"{spec.name} cannot be read from or written to {root} ({why}); "
+                            f"correct that, or point COURSE_DATA at another folder{spec.instead}.")
     if downloading:
         _gave_up[spec.name, root] = error
     raise error
@@ -380,12 +398,16 @@ def _drawn_key(*what: object) -> str:
     return hashlib.sha256(Path(drawn.__file__).read_bytes() + repr(what).encode()).hexdigest()[:12]
 
 
+def _drawn_data(*parts: torch.Tensor) -> ImageData:
+    return ImageData(*parts, classes=list("0123456789"), source="drawn", name="MNIST")
+
+
 def _read_cache(file: Path) -> ImageData | None:
     "Drawn digits from their cache file; None if it is missing or damaged"
     try:
-        with np.load(file, allow_pickle=False) as arrays:        # the checksums in the file are checked as it is read
-            return ImageData(*(torch.from_numpy(arrays[part]) for part in _PARTS), list("0123456789"), "drawn", "MNIST")
-    except Exception:                                            # a damaged file fails in many ways, and each means: draw again
+        with np.load(file, allow_pickle=False) as arrays:        # checks the file's own checksums as it reads
+            return _drawn_data(*(torch.from_numpy(arrays[part]) for part in _PARTS))
+    except Exception:                                            # whatever is wrong with it: draw again
         return None
 
 
@@ -399,17 +421,23 @@ def drawn_mnist(seed: int = 0,
         with _workshop(root, name, seconds=120) as part:
             if (data := _read_cache(root / name)) is not None:   # another process was faster
                 return data
-            data = ImageData(*drawn.digits(seed, variation), list("0123456789"), "drawn", "MNIST")
+            data = _drawn_data(*drawn.digits(seed, variation))
             with open(part, "wb") as f:
                 np.savez(f, **{part: getattr(data, part).numpy() for part in _PARTS})
             os.replace(part, root / name)
     except OSError as e:
-        _say(f"The drawn digits cannot be kept in the data folder ({_reason(e)}); they are drawn afresh each time.")
-    return data or ImageData(*drawn.digits(seed, variation), list("0123456789"), "drawn", "MNIST")
+        _say(f"The drawn digits cannot be kept in the data folder ({_reason(e)}); "
+             "they are drawn afresh each time.")
+    return data or _drawn_data(*drawn.digits(seed, variation))
 
 # %% ../nbs/01_datasets.ipynb #32437bc0
+def _announce(data: ImageData, text: str) -> ImageData:
+    _say(f"{text}, {len(data.train_x):,} for training and {len(data.valid_x):,} for validation.")
+    return data
+
+
 def mnist() -> ImageData:
-    "MNIST, 60,000 and 10,000 digits of 28x28: real or drawn as `COURSE_SOURCE` says, with a line that tells which"
+    "MNIST, 60,000 and 10,000 digits of 28x28, real or drawn (`COURSE_SOURCE`), with a line that says which"
     why = "as COURSE_SOURCE asks"
     if course_source() != "drawn":
         try:
@@ -419,26 +447,20 @@ def mnist() -> ImageData:
                 raise
             why = e.reason
         else:
-            _say(f"MNIST: the real pictures, {len(data.train_x):,} for training and {len(data.valid_x):,} for validation.")
-            return data
-    data = drawn_mnist()
-    _say(f"MNIST: drawn digits in place of the real pictures ({why}), {len(data.train_x):,} for training and "
-         f"{len(data.valid_x):,} for validation.")
-    return data
+            return _announce(data, "MNIST: the real pictures")
+    return _announce(drawn_mnist(), f"MNIST: drawn digits in place of the real pictures ({why})")
 
 
 def fashion_mnist() -> ImageData:
-    "Fashion-MNIST, 60,000 and 10,000 pieces of clothing of 28x28; it has no drawn version, so NoDataError where it cannot be had"
-    data = _real(_not_drawn(_FASHION))
-    _say(f"Fashion-MNIST: the real pictures, {len(data.train_x):,} for training and {len(data.valid_x):,} for validation.")
-    return data
+    "Fashion-MNIST, 60,000 and 10,000 pieces of clothing of 28x28; never drawn: NoDataError if it cannot be had"
+    return _announce(_real(_not_drawn(_FASHION)), "Fashion-MNIST: the real pictures")
 
 
 def _not_drawn(spec: "_Digits | _Photos") -> "_Digits | _Photos":
     "`spec`, unless only drawn pictures are wanted"
     if course_source() == "drawn":
-        raise NoDataError("there is no drawn version", f"{spec.name} has no drawn version, and COURSE_SOURCE is 'drawn'; "
-                          "set it to auto or real, or use mnist().")
+        raise NoDataError("there is no drawn version", f"{spec.name} has no drawn version, and COURSE_SOURCE is "
+                          "'drawn'; set it to auto or real, or use mnist().")
     return spec
 
 # %% ../nbs/01_datasets.ipynb #74ec1d76
@@ -448,11 +470,12 @@ def _by_name(y: torch.Tensor, digit: int) -> torch.Tensor:
 
 
 def three_or_seven() -> ImageData:
-    "MNIST's 3s (label 0) and 7s (label 1), all 3s first, in the book's order (`10000.png` comes before `12.png`)"
+    "MNIST's 3s (label 0), then its 7s (label 1), in the book's order (`10000.png` comes before `12.png`)"
     data = mnist()
     train, valid = (torch.cat([_by_name(y, digit) for digit in (3, 7)]) for y in (data.train_y, data.valid_y))
-    return ImageData(data.train_x[train], (data.train_y[train] == 7).long(), data.valid_x[valid], (data.valid_y[valid] == 7).long(),
-                     ["3", "7"], data.source, "three-or-seven")
+    return ImageData(data.train_x[train], (data.train_y[train] == 7).long(),
+                     data.valid_x[valid], (data.valid_y[valid] == 7).long(),
+                     classes=["3", "7"], source=data.source, name="three-or-seven")
 
 # %% ../nbs/01_datasets.ipynb #d1020edc
 class URLs:
@@ -463,7 +486,8 @@ class URLs:
 
 def _layout(url: str, data: ImageData) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     "Folder -> (pictures, their numbers), as the book's archives have them"
-    train, valid, digits = {URLs.MNIST_SAMPLE: ("train", "valid", (3, 7)), URLs.MNIST: ("training", "testing", range(10))}[url]
+    train, valid, digits = {URLs.MNIST_SAMPLE: ("train", "valid", (3, 7)),
+                            URLs.MNIST: ("training", "testing", range(10))}[url]
     return {f"{part}/{digit}": (x, _by_name(y, digit)) for part, x, y in
             ((train, data.train_x, data.train_y), (valid, data.valid_x, data.valid_y)) for digit in digits}
 
@@ -474,13 +498,13 @@ def _write_pngs(folder: Path, url: str, layout: dict[str, tuple[torch.Tensor, to
         for i in numbers.tolist():
             Image.fromarray(x[i].numpy()).save(folder / sub / f"{i}.png", compress_level=1)
     if url == URLs.MNIST_SAMPLE:
-        with open(folder / "labels.csv", "w", newline="", encoding="utf-8") as f:
-            rows = ((f"{sub}/{i}.png", int(sub.endswith("7"))) for sub, (_, numbers) in layout.items() for i in numbers.tolist())
-            csv.writer(f, lineterminator="\n").writerows([("name", "label"), *rows])
+        rows = [f"{sub}/{i}.png,{int(sub.endswith('7'))}"
+                for sub, (_, numbers) in layout.items() for i in numbers.tolist()]
+        (folder / "labels.csv").write_text("\n".join(["name,label", *rows, ""]), encoding="utf-8", newline="\n")
 
 
 def untar_data(url: str) -> Path:
-    "The folder of PNG files that the book has at `url` (one of `URLs`), written once from the data in use; RuntimeError if it cannot be"
+    "The folder of PNG files that the book has at `url` (of `URLs`), written once from the data in use; or RuntimeError"
     if url not in (URLs.MNIST_SAMPLE, URLs.MNIST):
         raise ValueError(f"untar_data knows URLs.MNIST_SAMPLE and URLs.MNIST, but not {url!r}.")
     data = mnist()
@@ -500,16 +524,16 @@ def untar_data(url: str) -> Path:
             error = e
             if e.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
                 break
-    raise RuntimeError(f"The pictures cannot be written to {folder} ({_reason(error)}); make room there or point COURSE_DATA at "
-                       "another folder.") from error
+    raise RuntimeError(f"The pictures cannot be written to {folder} ({_reason(error)}); make room there or "
+                       "point COURSE_DATA at another folder.") from error
 
 
 def _whole(folder: Path, layout: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> Path:
     for sub, (_, numbers) in layout.items():
         found = sum(f.name.endswith(".png") for f in os.scandir(folder / sub)) if (folder / sub).is_dir() else 0
         if found != len(numbers):
-            raise RuntimeError(f"{folder} is not whole ({sub} has {found:,} pictures instead of {len(numbers):,}); delete it and it will "
-                               "be written again.")
+            raise RuntimeError(f"{folder} is not whole ({sub} has {found:,} pictures instead of {len(numbers):,}); "
+                               "delete it and it will be written again.")
     return folder
 
 # %% ../nbs/01_datasets.ipynb #afd51971
@@ -533,7 +557,8 @@ class _Photos:
                 path = root / self.name / part / folder
                 found = sum(f.name.endswith(".JPEG") for f in os.scandir(path)) if path.is_dir() else 0
                 if found != counts[i]:
-                    raise _WrongFile(f"{self.name} is not whole ({part}/{folder} has {found} pictures instead of {counts[i]})")
+                    raise _WrongFile(f"{self.name} is not whole ({part}/{folder} has {found} pictures "
+                                     f"instead of {counts[i]})")
         return root / self.name
 
     def sources(self) -> dict[str, Callable[[Path], object]]:
@@ -552,10 +577,11 @@ class _Photos:
 
 
 _IMAGENETTE = _Photos("imagenette2-160", {
-    "n01440764": (963, 387), "n02102040": (955, 395), "n02979186": (993, 357), "n03000684": (858, 386), "n03028079": (941, 409),
-    "n03394916": (956, 394), "n03417042": (961, 389), "n03425413": (931, 419), "n03445777": (951, 399), "n03888257": (960, 390)})
+    "n01440764": (963, 387), "n02102040": (955, 395), "n02979186": (993, 357), "n03000684": (858, 386),
+    "n03028079": (941, 409), "n03394916": (956, 394), "n03417042": (961, 389), "n03425413": (931, 419),
+    "n03445777": (951, 399), "n03888257": (960, 390)})
 
 
 def imagenette_folder() -> Path:
-    "The folder of Imagenette's photos, 160 pixels high or wide: train and val, a folder a class; downloaded if it is not here"
+    "The folder of Imagenette's photos, 160 pixels: train and val, in each a folder a class; downloaded if need be"
     return _real(_not_drawn(_IMAGENETTE))
