@@ -68,17 +68,20 @@ def expect(value: float | torch.Tensor,  # one number
         assert abs(value - known) <= half * (1 + 1e-6), f"{value:.6g} on {source} pictures is not {known}"
 
 # %% ../nbs/appendix/settings.ipynb #79adcdcf
+def _result_line(name: str, values: list[float], book: float | str | None, digits: int) -> str:
+    text = f"{name}: {fmean(values):.{digits}f}"
+    if len(values) > 1:
+        text += f" in the mean of {len(values)} (spread {stdev(values):.{digits}f}, {min(values):.{digits}f} to {max(values):.{digits}f})"
+    return text if book is None else f"{text}; the book has {book}"
+
+
 def record(name: str,                          # what was measured, as the table shall call it
            values: float | Sequence[float],    # one value, or one a seed
            book: float | str | None = None,    # what the book that the course follows has for it
            digits: int = 4) -> None:           # decimals shown
     "Print one result and put it into the notebook's output for the table that `make run` prints"
     values = [float(v) for v in (values if isinstance(values, Sequence) else [values])]
-    text = f"{name}: {fmean(values):.{digits}f}"
-    if len(values) > 1:
-        text += f" in the mean of {len(values)} (spread {stdev(values):.{digits}f}, {min(values):.{digits}f} to {max(values):.{digits}f})"
-    if book is not None:
-        text += f"; the book has {book}"
+    text = _result_line(name, values, book, digits)
     if not in_notebook():
         return print(text)
     from IPython.display import display
