@@ -165,8 +165,8 @@ def show_images(ims: Sequence,  # pictures as `show_image` takes them; or one te
     if n == 0:
         raise ValueError("show_images got no picture; give it at least one.")
     if titles is not None and len(titles) != n:
-        raise ValueError(f"show_images got {n} pictures and {len(titles)} titles; give one title a "
-                         f"picture.")
+        raise ValueError(f"show_images got {n} pictures and {len(titles)} titles; "
+                         "give one title a picture.")
     if nrows is None:
         ncols = ncols or (math.ceil(math.sqrt(n)) if n > 8 else n)
         nrows = math.ceil(n / ncols)

@@ -11,9 +11,8 @@ import torch
 # %% ../nbs/02_pixel_similarity.ipynb #86960e66
 def _check_float(name: str, x: torch.Tensor) -> None:
     if not x.is_floating_point():
-        raise ValueError(f"{name} needs float pictures, but got {x.dtype} (differences of uint8 "
-                         f"values wrap around); "
-                         "convert them with x.float() / 255.")
+        raise ValueError(f"{name} needs float pictures, but got {x.dtype} (differences of uint8 values "
+                         "wrap around); convert them with x.float() / 255.")
 
 
 def class_means(x: torch.Tensor,      # float pictures [N, ...]
@@ -23,16 +22,14 @@ def class_means(x: torch.Tensor,      # float pictures [N, ...]
     _check_float("class_means", x)
     if y.ndim != 1 or y.is_floating_point() or len(x) != len(y):
         raise ValueError(f"class_means needs one integer label a picture, but got {len(x)} pictures "
-                         f"and labels of shape "
-                         f"{list(y.shape)}, {y.dtype}.")
+                         f"and labels of shape {list(y.shape)}, {y.dtype}.")
     if len(y) and not 0 <= int(y.min()) <= int(y.max()) < n_classes:
         raise ValueError(f"class_means got labels from {int(y.min())} to {int(y.max())}; with "
-                         f"n_classes={n_classes} "
-                         f"they have to be 0 to {n_classes - 1}.")
+                         f"n_classes={n_classes} they have to be 0 to {n_classes - 1}.")
     classes = [(y == c).to(x.device) for c in range(n_classes)]
     if empty := [c for c, own in enumerate(classes) if not own.any()]:
-        raise ValueError(f"class_means got no picture of class {', '.join(map(str, empty))}; each "
-                         f"class needs at least one.")
+        raise ValueError(f"class_means got no picture of class {', '.join(map(str, empty))}; "
+                         "each class needs at least one.")
     return torch.stack([x[own].mean(0) for own in classes])
 
 # %% ../nbs/02_pixel_similarity.ipynb #f476ca31
@@ -63,8 +60,7 @@ def nearest_mean(x: torch.Tensor,        # float pictures [N, H, W]
     "The class of the nearest mean for each picture, int64 [N] (the lowest in a tie); in chunks, to save memory"
     if x.ndim != 3 or means.ndim != 3 or not len(means):
         raise ValueError(f"nearest_mean needs pictures [N, H, W] and means [C, H, W], but the "
-                         f"shapes are {list(x.shape)} "
-                         f"and {list(means.shape)}.")
+                         f"shapes are {list(x.shape)} and {list(means.shape)}.")
     if chunk is not None and chunk < 1:
         raise ValueError(f"nearest_mean got chunk={chunk}; it is a number of pictures, at least 1.")
     nearest = []
@@ -72,7 +68,6 @@ def nearest_mean(x: torch.Tensor,        # float pictures [N, H, W]
         d = distance(part[:, None], means)
         if d.shape != (len(part), len(means)):
             raise ValueError(f"nearest_mean needs a distance that keeps the axes before H and W, "
-                             f"[{len(part)}, {len(means)}] here, "
-                             f"but it returned {list(d.shape)}.")
+                             f"[{len(part)}, {len(means)}] here, but it returned {list(d.shape)}.")
         nearest.append(d.argmin(1))
     return torch.cat(nearest)
