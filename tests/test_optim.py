@@ -232,12 +232,12 @@ def test_a_copy_is_independent(seed):
     assert torch.equal(params[0], params2[0])
 
 
-@pytest.mark.parametrize("opt_class", [SGD, Adam, AdamW])
-def test_gradients_are_not_changed_and_steps_leave_no_notes(opt_class, seed):
+@each_setting
+def test_gradients_are_not_changed_and_steps_leave_no_notes(name, kw, seed):
     params = leaves()
     give_gradients(params)
     grads = [p.grad.clone() for p in params]
-    opt = opt_class(params, lr=.1, weight_decay=.1)
+    opt = getattr(optim, name)(params, **kw)
     for _ in range(3):
         opt.step()
     assert all(torch.equal(p.grad, g) for p, g in zip(params, grads, strict=True))
