@@ -110,7 +110,7 @@ def _trouble(device: torch.device) -> str | None:
         x = torch.ones(2, 2, device=device)
         return None if (x @ x).sum().item() == 8 else "it computes wrong results"
     except Exception as e:  # drivers fail in many ways, and each means the same here
-        return str(e).strip().splitlines()[0]
+        return (str(e).strip() or type(e).__name__).splitlines()[0]
 
 
 @functools.cache
