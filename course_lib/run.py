@@ -278,13 +278,14 @@ def results(nb: dict) -> list[dict]:
 
 def results_table(nbs: Iterable[tuple[str, dict]]) -> str:
     "A Markdown table of the results of notebooks (name, notebook)"
+    from course_lib.settings import result_number
     rows = ["| chapter | result | book | ours | spread | runs |", "| --- | --- | ---: | ---: | ---: | ---: |"]
     for name, nb in nbs:
         for r in results(nb):
             v, d = r["values"], r["digits"]
             book = "" if r["book"] is None else r["book"]
-            spread = f"{stdev(v):.{d}f}" if len(v) > 1 else ""
-            rows.append(f"| {name} | {r['result']} | {book} | {fmean(v):.{d}f} | {spread} | {len(v)} |")
+            spread = result_number(stdev(v), d) if len(v) > 1 else ""
+            rows.append(f"| {name} | {r['result']} | {book} | {result_number(fmean(v), d)} | {spread} | {len(v)} |")
     return "\n".join(rows)
 
 
