@@ -220,6 +220,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'course_lib.settings.in_notebook': ('appendix/settings.html#in_notebook', 'course_lib/settings.py'),
                                      'course_lib.settings.pick': ('appendix/settings.html#pick', 'course_lib/settings.py'),
                                      'course_lib.settings.record': ('appendix/settings.html#record', 'course_lib/settings.py'),
+                                     'course_lib.settings.result_number': ( 'appendix/settings.html#result_number',
+                                                                            'course_lib/settings.py'),
                                      'course_lib.settings.set_seed': ('appendix/settings.html#set_seed', 'course_lib/settings.py')},
             'course_lib.similarity': { 'course_lib.similarity._check_float': ( 'pixel_similarity.html#_check_float',
                                                                                'course_lib/similarity.py'),

@@ -254,21 +254,31 @@ def read_notebook(path: Path) -> dict:
     "A notebook as a dict"
     return json.loads(path.read_text(encoding="utf-8"))
 
-# %% ../nbs/appendix/run.ipynb #71a9aede
-def execute(path: Path, env: dict[str, str], timeout: int = 3600) -> tuple[dict, float]:
-    "Run a notebook from top to bottom in a fresh kernel in its own folder: the normalised notebook and the seconds it took"
+# %% ../nbs/appendix/run.ipynb #d8ae7bec
+def execute(path: Path, source: str, scale: str, timeout: int = 3600) -> dict:
+    "Run a notebook from top to bottom in a fresh kernel in its own folder; returns it normalised and stamped"
     import nbformat
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError
     nb = nbformat.read(path, as_version=4)
     client = NotebookClient(nb, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}},
-                            record_timing=False, store_widget_state=False)
+                            record_timing=False, store_widget_state=False, extra_arguments=["--log-level=ERROR"])
     start = time.perf_counter()
     try:
-        client.execute(env=env)
+        client.execute(env=_environment(COURSE_SOURCE=source, COURSE_SCALE=scale))
     except CellExecutionError as e:
         raise SystemExit(f"{path.name} stopped with an error:\n{e}") from None
-    return normalise(json.loads(nbformat.writes(nb))), time.perf_counter() - start
+    seconds, nb = time.perf_counter() - start, json.loads(nbformat.writes(nb))
+    from course_lib.settings import default_device
+    nb["metadata"]["course"] = {"source": source, "scale": scale, "device": default_device().type, "versions": _versions(),
+                                "seconds": round(seconds), "code": code_hash(nb)}
+    return normalise(nb)
+
+
+def _versions() -> str:
+    import platform
+    from importlib.metadata import version
+    return f"Python {platform.python_version()}, PyTorch {version('torch')}, {platform.system()} {platform.machine()}"
 
 
 def results(nb: dict) -> list[dict]:
@@ -277,40 +287,36 @@ def results(nb: dict) -> list[dict]:
 
 
 def results_table(nbs: Iterable[tuple[str, dict]]) -> str:
-    "A Markdown table of the results of notebooks (name, notebook)"
+    "A Markdown table of the results of notebooks (name, stamped notebook), and a line on where and how long they ran"
     from course_lib.settings import result_number
+    nbs = [(name, nb) for name, nb in nbs if "course" in nb["metadata"]]
     rows = ["| chapter | result | book | ours | spread | runs |", "| --- | --- | ---: | ---: | ---: | ---: |"]
     for name, nb in nbs:
         for r in results(nb):
             v, d = r["values"], r["digits"]
-            book = "" if r["book"] is None else r["book"]
+            book = result_number(r["book"], d) if isinstance(r["book"], (int, float)) else r["book"] or ""
             spread = result_number(stdev(v), d) if len(v) > 1 else ""
             rows.append(f"| {name} | {r['result']} | {book} | {result_number(fmean(v), d)} | {spread} | {len(v)} |")
-    return "\n".join(rows)
+    stamps = {name: nb["metadata"]["course"] for name, nb in nbs}
+    where = {f"{s['device']}; {s['versions']}; {s['source']} pictures, {s['scale']} scale" for s in stamps.values()}
+    return "\n".join([*rows, "", f"Ran on {' / '.join(sorted(where))}. Seconds: "
+                      + ", ".join(f"{name} {s['seconds']}" for name, s in stamps.items()) + "."])
 
 
 def run_course(paths: list[Path]) -> None:
     "Run notebooks on the chosen pictures into `build/run`, and write and print the table of results"
-    target, done, took = ROOT / "build" / "run", [], []
     from course_lib.settings import course_scale, course_source, default_device
+    target, done = ROOT / "build" / "run", []
     _say(f"Running {len(paths)} notebooks: source {course_source()}, scale {course_scale()}, device {default_device().type}.")
     for i, path in enumerate(paths, 1):
-        nb, seconds = execute(path, _environment())
-        name = path.relative_to(ROOT / "nbs")
+        nb, name = execute(path, course_source(), course_scale()), path.relative_to(ROOT / "nbs")
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         write_notebook(nb, target / name)
         done.append((path.stem, nb))
-        took.append(f"{path.stem} {seconds:.0f}")
-        _say(f"[{i}/{len(paths)}] {name.as_posix()}: {seconds:.0f} s, {len(results(nb))} results")
-    table = results_table(done) + f"\n\nDevice: {default_device().type}. {_versions()}. Seconds: {', '.join(took)}.\n"
-    (target / "results.md").write_text(table, encoding="utf-8")
-    _say(f"\n{table}\nWritten to {(target / 'results.md').relative_to(ROOT)}.")
-
-
-def _versions() -> str:
-    import platform
-    from importlib.metadata import version
-    return f"Python {platform.python_version()}, PyTorch {version('torch')}, {platform.system()} {platform.machine()}"
+        _say(f"[{i}/{len(paths)}] {name.as_posix()}: {nb['metadata']['course']['seconds']} s, {len(results(nb))} results")
+    table = results_table(done)
+    (target / "results.md").write_text(table + "\n", encoding="utf-8")
+    _say(f"\n{table}\n\nWritten to {(target / 'results.md').relative_to(ROOT).as_posix()}.")
 
 
 def is_current(nb: dict) -> bool:
@@ -332,11 +338,8 @@ def store_outputs(paths: list[Path]) -> None:
         nb = read_notebook(path)
         said = "outputs are current"
         if not is_current(nb):
-            from course_lib.settings import default_device
-            nb, seconds = execute(path, _environment(COURSE_SOURCE="real", COURSE_SCALE="full"))
-            nb["metadata"]["course"] = {"source": "real", "scale": "full", "device": default_device().type, "versions": _versions(),
-                                        "seconds": round(seconds), "code": code_hash(nb)}
-            said = f"ran, {seconds:.0f} s"
+            nb = execute(path, "real", "full")
+            said = f"ran, {nb['metadata']['course']['seconds']} s"
         write_notebook(normalise(nb), path)
         _say(f"{path.relative_to(ROOT).as_posix()}: {said}")
     readme = ROOT / "README.md"
