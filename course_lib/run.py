@@ -333,7 +333,10 @@ def with_results(readme: str, table: str) -> str:
 
 def store_outputs(paths: list[Path]) -> None:
     "Export the library, then run on real data, at full scale, each notebook whose code changed; store and stamp its outputs"
+    itself = Path(__file__).read_bytes()
     subprocess.run([sys.executable, "-c", "from nbdev.doclinks import nbdev_export; nbdev_export()"], cwd=ROOT, check=True)
+    if Path(__file__).read_bytes() != itself:
+        raise SystemExit("The library is exported. course_lib.run itself has changed, so give the command again to run the new one.")
     for path in paths:
         nb = read_notebook(path)
         said = "outputs are current"
