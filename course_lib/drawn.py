@@ -207,9 +207,9 @@ def _plain_torch() -> Iterator[None]:
 def glyphs() -> Glyphs:
     "The tables made from `GLYPHS`, once a process"
     digit = torch.tensor([d for d, ways in GLYPHS.items() for _ in ways])
-    share = [torch.tensor([common for common, _ in ways]).cumsum(0) / sum(common for common, _ in ways) for ways in GLYPHS.values()]
+    running = [torch.tensor([float(common) for common, _ in ways]).cumsum(0) for ways in GLYPHS.values()]
     parts = zip(*[_glyph(strokes) for ways in GLYPHS.values() for _, strokes in ways], strict=True)
-    return Glyphs(digit, torch.cat(share), *[torch.stack(part) for part in parts])
+    return Glyphs(digit, torch.cat([r / r[-1] for r in running]), *[torch.stack(part) for part in parts])
 
 # %% ../nbs/appendix/drawn.ipynb #d6d5a238
 @dataclass(frozen=True)
@@ -271,7 +271,7 @@ def _bent(line: torch.Tensor, hand: Hand, generator: torch.Generator) -> torch.T
 def ink(line: torch.Tensor,              # [n, P, 2] pen positions x, y in pixels
         radius: torch.Tensor,            # [n, P] of the pen at each position, in pixels
         size: int = 28,                  # pixels a side
-        soft: float = .87) -> torch.Tensor:       # half the width of the grey edge, in pixels
+        soft: float = .87) -> torch.Tensor:       # width of the grey edge, in pixels
     "How much ink lies on each pixel, [n, size, size]: 1 under the pen, 0 far from it, and between them at the edge"
     axis = torch.arange(float(size))
     pixels = torch.cartesian_prod(axis, axis).flip(1)                                           # [size * size, 2] x, y
@@ -341,7 +341,7 @@ def _labels(counts: tuple[int, ...], generator: torch.Generator, pinned: dict[in
     return labels
 
 
-def digits(seed: int = 0,
+def digits(seed: int = 0,      # training pictures are drawn with the seed 2 * seed, validation pictures with 2 * seed + 1
            variation: float | Hand = 0.) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     "train_x uint8 [60000, 28, 28], train_y int64 [60000], valid_x [10000, 28, 28], valid_y [10000], each digit as often as in MNIST"
     generator = torch.Generator().manual_seed(seed)
