@@ -151,7 +151,6 @@ def lab_command(folder: Path, port: int, token: str, browser: bool) -> list[str]
     "The command that starts JupyterLab on `folder`"
     command = [sys.executable, "-m", "jupyterlab", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0",
                f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={folder}", "--ServerApp.log_level=WARN",
-               "--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
                "--LabApp.default_url=/lab/tree/00_images.ipynb"]
     if not browser:
         command.append("--no-browser")
@@ -171,12 +170,21 @@ def lab(folder: Path, port: int = 8888, token: str = "", browser: bool = True) -
     port, token, browser = _free_port(port), token or secrets.token_hex(16), browser and has_display()
     _say(f"JupyterLab {'opens in your browser' if browser else 'is starting; open this address'}: "
          f"http://127.0.0.1:{port}/lab/tree/00_images.ipynb?token={token}\nCtrl-C here ends it.")
-    return _run(lab_command(folder, port, token, browser))
+    return _run(lab_command(folder, port, token, browser), JUPYTER_CONFIG_PATH=_lab_defaults(ROOT / "build" / "jupyter"))
 
 
-def _run(command: list[str]) -> int:
+def _lab_defaults(folder: Path) -> str:
+    "JupyterLab's default settings for this start, no news and no look for updates; returns the search path that finds them"
+    file = folder / "labconfig" / "default_setting_overrides.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    quiet = {"fetchNews": "false", "checkForUpdates": False}
+    file.write_text(json.dumps({"@jupyterlab/apputils-extension:notification": quiet}))
+    return os.pathsep.join(filter(None, [str(folder), os.environ.get("JUPYTER_CONFIG_PATH")]))
+
+
+def _run(command: list[str], **env: str) -> int:
     "Run a command in the project's folder to its end: Ctrl-C reaches the command too, so it is left to it"
-    with subprocess.Popen(command, cwd=ROOT, env=_environment()) as process:
+    with subprocess.Popen(command, cwd=ROOT, env=_environment(**env)) as process:
         while True:
             try:
                 return process.wait()
