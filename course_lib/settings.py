@@ -53,7 +53,7 @@ Figure = float | tuple[float, float]
 
 
 def expect(value: float | torch.Tensor,  # one number
-           source: str,                  # `real` or `drawn`: which pictures it was computed from (`ImageData.source`)
+           source: str,                  # `real` or `drawn`: the pictures it was computed from, `data.source`
            *, real: Figure,              # a figure, as rounded as it is written, or a band (low, high)
            drawn: Figure) -> None:       # the same for drawn pictures
     "Raise AssertionError unless `value` is what is known for pictures from `source`"
@@ -77,7 +77,8 @@ def _result_line(name: str, values: list[float], book: float | str | None, digit
     shown = functools.partial(result_number, digits=digits)
     text = f"{name}: {shown(fmean(values))}"
     if len(values) > 1:
-        text += f" in the mean of {len(values)} (spread {shown(stdev(values))}, {shown(min(values))} to {shown(max(values))})"
+        text += f" in the mean of {len(values)} (spread {shown(stdev(values))}, "
+        text += f"{shown(min(values))} to {shown(max(values))})"
     return text if book is None else f"{text}; the book has {book}"
 
 
@@ -91,7 +92,8 @@ def record(name: str,                          # what was measured, as the table
     if not in_notebook():
         return print(text)
     from IPython.display import display
-    display({"text/plain": text}, raw=True, metadata={"course": {"result": name, "values": values, "book": book, "digits": digits}})
+    published = {"result": name, "values": values, "book": book, "digits": digits}
+    display({"text/plain": text}, raw=True, metadata={"course": published})
 
 
 def in_notebook() -> bool:
@@ -125,13 +127,14 @@ def _default_device(wanted: str | None) -> torch.device:
         try:
             device = torch.device(wanted)
         except RuntimeError:
-            raise ValueError(f"COURSE_DEVICE is {wanted!r}, which names no device; use cpu, cuda, cuda:1 or mps.") from None
+            raise ValueError(f"COURSE_DEVICE is {wanted!r}, which names no device; "
+                             "use cpu, cuda, cuda:1 or mps.") from None
         if why := _trouble(device):
             raise RuntimeError(f"COURSE_DEVICE is {wanted!r}, but it does not work here ({why}). "
                                "Unset it, or set it to cpu.")
         return device
-    found = [name for name, there in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())) if there]
-    for name in found:
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    for name in (name for name, there in found.items() if there):
         if not (why := _trouble(torch.device(name))):
             return torch.device(name)
         print(f"The {name} device is there but does not work ({why}); going on without it.")

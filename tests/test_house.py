@@ -207,3 +207,11 @@ def test_the_project_names_nothing_private():
              if p.is_file() and p.suffix in (".py", ".ipynb", ".md", ".toml", ".ini", ".yml", ".txt", "") and p != Path(__file__)}
     found = [f"{p.relative_to(ROOT)}: {m[0]}" for p, t in texts.items() if p.parent.name != ".ci" and (m := pattern.search(t))]
     assert not found
+
+
+@each_notebook
+def test_code_fits_a_browser_window(path):
+    "Chapters: 110 characters are what JupyterLab shows without scrolling at 1280 px; appendices keep to the library's 140"
+    limit = 110 if re.match(r"\d\d_", path.name) else 140
+    wide = [line for c in code_cells(read_notebook(path)) for line in "".join(c["source"]).splitlines() if len(line) > limit]
+    assert not wide
