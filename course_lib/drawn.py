@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 
 # %% ../nbs/appendix/drawn.ipynb #5fa731d7
-# digit: [(how common, strokes)], commonest first. Strokes are separated by ";", each is a curve through points "x,y" in hundredths
-# of the height, y downwards. Equal points of one glyph are one control point: they move together, so that corners stay closed.
+# digit: [(how common, strokes)], the usual ways first, then odd ones. Strokes are separated by ";", each is a curve through points
+# "x,y" in hundredths of the height, y downwards. Equal points of one glyph are one control point: they move together, so that
+# corners stay closed.
 GLYPHS = {
     0: [(4, "38,2 12,22 6,68 28,98 58,78 62,26 38,2"), (3, "34,0 8,26 8,74 34,100 60,74 60,26 34,0"),
         (2, "52,8 22,10 4,56 24,98 56,76 60,20 30,8"), (1.5, "48,0 14,22 8,80 30,98 60,66 62,18 48,0"),
@@ -51,19 +52,18 @@ GLYPHS = {
         (1.2, "0,24 30,4 60,16 50,44 20,70 10,90 40,96 80,92"), (.8, "4,30 8,8 44,0 60,24 44,62 14,92 2,80 18,64 44,80 60,100")],
     3: [(4, "8,12 28,0 52,6 54,28 26,46;26,46 54,54 62,76 42,98 18,98 2,86"),
         (2, "8,14 30,0 54,10 50,34 34,46 28,48 40,50 62,62 56,90 28,100 4,86"), (2, "6,4 56,2;56,2 26,42;26,42 54,50 62,76 42,98 4,90"),
-        (1.5, "2,6 30,0 58,4 52,22 22,46;22,46 48,48 58,66 46,90 2,100"),
-        (1.5, "16,12 36,0 54,12 46,34 30,44;30,44 46,54 50,76 32,98 4,94"),
         (1.5, "10,10 40,0 60,10 50,30 30,40;30,40 56,44 66,66 50,94 20,100 4,84"),
         (1, "8,14 30,0 54,10 50,32 30,46 22,52 28,44 52,52 62,72 46,96 20,100 2,88"),
         (1, "4,24 20,4 48,4 50,24 26,44;26,44 46,46 54,68 40,94 14,100 2,84 16,74"),
-        (1, "2,14 34,0 60,10 46,34 22,48 48,54 56,76 36,98 0,96"),
         (1, "6,16 26,2 48,10 44,36 24,50;24,50 48,50 62,68 56,90 30,100 2,92"),
         (1, "14,20 30,0 52,16 40,40 18,46 44,44 56,66 42,94 14,100 4,90"),
-        (.6, "6,20 20,4 48,6 46,26 26,42;26,42 50,48 54,70 40,94 26,100"),
-        (.6, "20,14 44,0 62,10 50,34 32,46;32,46 50,56 46,80 24,98 0,94"), (.4, "4,10 26,2 56,4;56,4 34,38;34,38 54,56 52,84 30,100"),
-        (.4, "10,10 40,0 56,14 40,40 28,44;28,44 52,50 56,72 34,90 0,84"), (.4, "6,12 40,2 50,10 10,48;10,48 50,50 56,72 24,100"),
-        (.4, "10,8 40,6 44,20 16,50;16,50 44,54 40,76 10,100"), (.3, "8,22 18,2 50,4 52,30 26,46;26,46 60,52 58,92 22,100 12,82 24,74"),
-        (.3, "14,16 26,2 46,4 46,26 24,44;24,44 46,46 56,60 50,80 26,90 0,86")],
+        (.7, "2,6 30,0 58,4 52,22 22,46;22,46 48,48 58,66 46,90 2,100"),
+        (.7, "16,12 36,0 54,12 46,34 30,44;30,44 46,54 50,76 32,98 4,94"), (.5, "2,14 34,0 60,10 46,34 22,48 48,54 56,76 36,98 0,96"),
+        (.5, "6,20 20,4 48,6 46,26 26,42;26,42 50,48 54,70 40,94 26,100"),
+        (.5, "20,14 44,0 62,10 50,34 32,46;32,46 50,56 46,80 24,98 0,94"), (.3, "4,10 26,2 56,4;56,4 34,38;34,38 54,56 52,84 30,100"),
+        (.3, "10,10 40,0 56,14 40,40 28,44;28,44 52,50 56,72 34,90 0,84"), (.3, "6,12 40,2 50,10 10,48;10,48 50,50 56,72 24,100"),
+        (.3, "10,8 40,6 44,20 16,50;16,50 44,54 40,76 10,100"), (.2, "8,22 18,2 50,4 52,30 26,46;26,46 60,52 58,92 22,100 12,82 24,74"),
+        (.2, "14,16 26,2 46,4 46,26 24,44;24,44 46,46 56,60 50,80 26,90 0,86")],
     4: [(4, "14,4 8,30 4,52;4,52 34,50 66,48;54,2 50,50 46,100"), (1.5, "50,2 26,34 4,62;4,62 36,61 70,58;50,2 50,50 48,100"),
         (1.5, "12,4 6,34 16,52 38,50 54,38;58,2 54,38 48,70 44,100"), (1.5, "20,2 12,26 6,50;6,50 34,52 60,44;64,0 58,44 50,100"),
         (1.5, "8,6 6,46;6,46 50,46;54,4 50,46 48,100"), (1.5, "10,4 4,48 20,52 46,44 56,6 52,40 42,100"),
@@ -215,7 +215,7 @@ def glyphs() -> Glyphs:
 @dataclass(frozen=True)
 class Hand:
     "How unsteady the writing is: the spread (standard deviation) of each thing that differs from picture to picture"
-    ways: float = .8        # share of the table of glyphs that is in use, commonest first: 0 one way a digit, 1 all, rare ones too
+    ways: float = .8        # share of each digit's list of ways that is in use: 0 the first one only, 1 all, odd ones too
     jitter: float = .04     # control points, in heights of the digit
     mess: float = .2        # log of the jitter: some pictures are tidier than others
     warp: float = .04       # strength of the smooth warp
@@ -225,7 +225,7 @@ class Hand:
     turn: float = 6.        # degrees
     pen: float = .2         # log of the pen's radius, from picture to picture
     pressure: float = .2    # the pen's radius along the stroke, in parts of it
-    shift: float = .8       # place in the picture, in pixels
+    shift: float = .7       # place in the picture, in pixels
 
 
 STEADY = Hand()
