@@ -167,6 +167,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'course_lib.run': { 'course_lib.run._code': ('appendix/run.html#_code', 'course_lib/run.py'),
                                 'course_lib.run._environment': ('appendix/run.html#_environment', 'course_lib/run.py'),
                                 'course_lib.run._free_port': ('appendix/run.html#_free_port', 'course_lib/run.py'),
+                                'course_lib.run._lab_defaults': ('appendix/run.html#_lab_defaults', 'course_lib/run.py'),
                                 'course_lib.run._outputs': ('appendix/run.html#_outputs', 'course_lib/run.py'),
                                 'course_lib.run._pip': ('appendix/run.html#_pip', 'course_lib/run.py'),
                                 'course_lib.run._pytest': ('appendix/run.html#_pytest', 'course_lib/run.py'),

@@ -57,7 +57,7 @@ def nearest_mean(x: torch.Tensor,        # float pictures [N, H, W]
                  distance: Callable[..., torch.Tensor] = mnist_distance,  # [n, 1, H, W], [C, H, W] -> [n, C]
                  chunk: int | None = None           # pictures at once; None: about 4 MB of differences
                  ) -> torch.Tensor:
-    "The class of the nearest mean for each picture, int64 [N] (the lowest in a tie); in chunks, to save memory"
+    "Class of the nearest mean for each picture, int64 [N]; the lowest in a tie; in chunks, to save memory"
     if x.ndim != 3 or means.ndim != 3 or not len(means):
         raise ValueError(f"nearest_mean needs pictures [N, H, W] and means [C, H, W], but the "
                          f"shapes are {list(x.shape)} and {list(means.shape)}.")

@@ -13,7 +13,7 @@ def pytest_collection_modifyitems(items: list) -> None:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    if report.when == "call" and ".ipynb" in report.nodeid:
+    if report.when == "call" and "compared" in dict(report.user_properties):
         ran.append(report)
 
 
