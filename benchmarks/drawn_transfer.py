@@ -35,9 +35,11 @@ class Setting:
     hand: float | Hand = 0.
     fresh: bool = False          # new pictures every epoch, or the same 60,000
     real: bool = False           # train on MNIST itself: what the network can reach
+    least: float = 0.            # what the mean on the real test set has to reach
 
 
-SETTINGS = [Setting("drawn, default", 5), Setting("drawn, variation 1, fresh every epoch", 20, 1., fresh=True),
+SETTINGS = [Setting("drawn, default", 5, least=.965),
+            Setting("drawn, variation 1, fresh every epoch", 20, 1., fresh=True, least=.982),
             Setting("MNIST itself, for comparison", 5, real=True)]
 PARTS = [Setting("the default", 3),
          *[Setting(name, 3, dataclasses.replace(STEADY, **change)) for name, change in {
@@ -100,14 +102,12 @@ def spread(values: list[float]) -> str:
 
 
 def real_mnist():
-    "The real MNIST, or an end with one sentence"
-    try:
-        data = mnist()
-    except (OSError, RuntimeError, ValueError) as e:
-        sys.exit(f"This benchmark needs the real MNIST: {e}")
+    "The real MNIST; where only drawn digits are in use, the benchmark says so and is left out"
+    data = mnist()
     if data.source != "real":
-        sys.exit("This benchmark needs the real MNIST, but drawn digits are in use; set COURSE_SOURCE=real, and COURSE_DATA to "
-                 "the folder that holds it (or leave it out to download).")
+        print("Left out: this benchmark needs the real MNIST, but drawn digits are in use; set COURSE_SOURCE=real, and COURSE_DATA "
+              "to the folder that holds it (or leave it out to download).")
+        sys.exit(0)
     return data
 
 
@@ -126,13 +126,15 @@ def main() -> None:
     if args.variation is not None:
         settings = [Setting(f"drawn, variation {args.variation:g}{', fresh every epoch' if args.fresh else ''}",
                             args.epochs or 5, args.variation, args.fresh)]
-    data, rows = real_mnist(), []
+    data, rows, missed = real_mnist(), [], []
     for setting in settings:
         if args.epochs:
             setting = dataclasses.replace(setting, epochs=args.epochs)
         drawn, real, seconds = zip(*[train(setting, seed, data, score, torch.device(args.device)) for seed in args.seeds], strict=True)
         rows.append({"name": setting.name, "epochs": setting.epochs, "drawn_valid": [round(a, 4) for a in drawn],
                      f"real_{score}": [round(a, 5) for a in real], "seconds": round(fmean(seconds), 1)})
+        if score == "test" and not args.epochs and fmean(real) < setting.least:
+            missed.append(f"{setting.name}: {fmean(real):.4f} is below {setting.least}")
         print(f"{setting.name}: {spread(real)}", file=sys.stderr, flush=True)
     print_table([(r["name"], r["epochs"], spread(r["drawn_valid"]), spread(r[f"real_{score}"]), f"{r['seconds']:.0f}") for r in rows],
                 ("trained on", "epochs", "drawn validation", f"real MNIST, {score} set", "CPU seconds a run"))
@@ -142,6 +144,8 @@ def main() -> None:
         known["parts" if args.parts else "settings"] = {"rows": rows, "seeds": args.seeds, "scored_on": score, "environment": environment()}
         RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text(json.dumps(known, indent=1) + "\n")
+    if missed:
+        sys.exit("\n".join(missed))
 
 
 if __name__ == "__main__":

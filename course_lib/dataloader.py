@@ -25,14 +25,16 @@ def init_params(size: int | Sequence[int],                 # shape of the parame
                 std: float = 1.0,                          # their spread
                 device: torch.device | str | None = None,  # where they shall live
                 ) -> Tensor:
-    "Random parameters, normally distributed about 0, that record gradients; drawn on the CPU: the same numbers on every device"
+    """Random parameters, normally distributed about 0, that record gradients; drawn on the CPU: the same
+    numbers on every device"""
     return (torch.randn(size) * std).to(device).requires_grad_()
 
 # %% ../nbs/04_minibatches.ipynb #55e213fa
 def _same_shape(predictions: Tensor, targets: Tensor) -> None:
     if predictions.shape != targets.shape:
-        raise ValueError(f"The predictions have the shape {list(predictions.shape)} and the targets {list(targets.shape)}, which "
-                         "would broadcast or fail; bring them to the same shape, such as [N, 1] with targets.unsqueeze(1).")
+        raise ValueError(f"The predictions have the shape {list(predictions.shape)} and the targets "
+                         f"{list(targets.shape)}, which would broadcast or fail; bring them to the same "
+                         "shape, such as [N, 1] with targets.unsqueeze(1).")
 
 
 def mnist_loss(predictions: Tensor,  # scores of any size, [N, 1]
@@ -53,24 +55,29 @@ def batch_accuracy(predictions: Tensor,  # scores of any size, [N, 1]
 
 # %% ../nbs/04_minibatches.ipynb #315dffc0
 class Normalize:
-    "Pixels, uint8 from 0 to 255 or float from 0 to 1, to floats with (pixel - mean) / std, in one pass; never in place"
+    """Pixels, uint8 from 0 to 255 or float from 0 to 1, to floats with (pixel - mean) / std, in one pass;
+    never in place"""
     def __init__(self,
-                 mean: float | Sequence[float],  # of pixels from 0 to 1; several numbers are one a channel, for [..., C, H, W]
+                 mean: float | Sequence[float],  # of pixels from 0 to 1; or one a channel, [..., C, H, W]
                  std: float | Sequence[float]):  # their spread
         self.mean, self.std = (torch.as_tensor(v, dtype=torch.float64) for v in (mean, std))
         if self.mean.shape != self.std.shape or self.mean.ndim > 1:
-            raise ValueError(f"Normalize got mean {mean} and std {std}; give one number each, or one a channel each.")
+            raise ValueError(f"Normalize got mean {mean} and std {std}; give one number each, or one a "
+                             "channel each.")
         if not (self.std > 0).all():
             raise ValueError(f"Normalize got std {std}; a spread has to be above 0.")
         if self.mean.ndim:
-            self.mean, self.std = self.mean[:, None, None], self.std[:, None, None]                # [C, 1, 1]
+            self.mean, self.std = self.mean[:, None, None], self.std[:, None, None]  # [C, 1, 1]
         self._constants: dict[tuple, tuple] = {}
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.dtype != torch.uint8 and not x.is_floating_point():
-            raise ValueError(f"Normalize takes pixels as uint8 (0 to 255) or as floats (0 to 1), but got {x.dtype}.")
+            raise ValueError("Normalize takes pixels as uint8 (0 to 255) or as floats (0 to 1), but got "
+                             f"{x.dtype}.")
         factor, shift = self._on(x)
-        return torch.add(shift, x, alpha=factor) if isinstance(factor, float) else torch.addcmul(shift, x, factor)
+        if isinstance(factor, float):
+            return torch.add(shift, x, alpha=factor)
+        return torch.addcmul(shift, x, factor)
 
     def decode(self, x: Tensor) -> Tensor:
         "Back to pixels from 0 to 1, to look at"
@@ -82,7 +89,7 @@ class Normalize:
         if key not in self._constants:
             dtype = torch.float32 if x.dtype == torch.uint8 else x.dtype
             factor, shift = 1 / (self.std * (255 if x.dtype == torch.uint8 else 1)), -self.mean / self.std
-            self._constants[key] = ((factor.item(), shift.to(dtype)) if shift.ndim == 0      # a CPU number goes with any device
+            self._constants[key] = ((factor.item(), shift.to(dtype)) if shift.ndim == 0  # for any device
                                     else (factor.to(x.device, dtype), shift.to(x.device, dtype)))
         return self._constants[key]
 
@@ -109,7 +116,7 @@ def _apply(f: Callable[[Tensor], Tensor], x: Any) -> Any:
 
 
 def to_device(x: Any, device: torch.device | str | None) -> Any:
-    "`x` with every tensor in it (in tuples, lists and dictionaries too) on `device`; as it is if `device` is None"
+    "`x` with every tensor in it (in tuples, lists and dictionaries too) on `device`; unchanged for None"
     return x if device is None else _apply(lambda t: t.to(device), x)
 
 
@@ -119,29 +126,34 @@ def to_cpu(x: Any) -> Any:
 
 # %% ../nbs/04_minibatches.ipynb #87953f11
 class DataLoader:
-    "Batches of a data set, as often as you iterate: a fast path for tensors, any other indexable data set item by item"
+    """Batches of a data set, as often as you iterate: a fast path for tensors, any other indexable data set
+    item by item"""
     def __init__(self,
-                 dataset: Any,                # a `TensorDataset`, a tensor, or anything with `len(dataset)` and `dataset[i]`
+                 dataset: Any,                # a `TensorDataset`, a tensor, or whatever has length and index
                  batch_size: int = 64,
                  shuffle: bool = False,       # a new order each epoch
                  drop_last: bool = False,     # leave out the last batch if it is smaller than the others
-                 seed: int | None = None,     # of the orders; without one it is drawn from PyTorch's generator
-                 device: torch.device | str | None = None,            # where batches live; None: where the items are
-                 transform: Callable[[Tensor], Tensor] | None = None  # applied to the inputs of each batch, on the device
+                 seed: int | None = None,  # of the orders; without one it is drawn from PyTorch's generator
+                 device: torch.device | str | None = None,  # where batches live; None: where the items are
+                 transform: Callable[[Tensor], Tensor] | None = None  # of a batch's inputs, on the device
                  ):
         if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-            raise ValueError(f"A data set needs a length and an index, but a {type(dataset).__name__} lacks them; make it a list.")
+            raise ValueError(f"A data set needs a length and an index, but a {type(dataset).__name__} "
+                             "lacks them; make it a list.")
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size is {batch_size!r}; it has to be a whole number of at least 1.")
         self.tensors = self._tensors(dataset, device)  # None for a data set that is fetched item by item
-        self.dataset, self.batch_size, self.shuffle, self.drop_last = dataset, batch_size, shuffle, drop_last
-        self.device = torch.device(device) if device is not None else self.tensors[0].device if self.tensors else torch.device("cpu")
+        self.dataset, self.batch_size = dataset, batch_size
+        self.shuffle, self.drop_last = shuffle, drop_last
+        here = self.tensors[0].device if self.tensors else "cpu"
+        self.device = torch.device(here if device is None else device)
         self._device, self.transform = device, transform
         if len(dataset) == 0:
             raise ValueError("The data set is empty; give the loader at least one item.")
         if len(self) == 0:
-            raise ValueError(f"The data set has {len(dataset)} items, fewer than one batch of {batch_size}, and drop_last leaves "
-                             "none; take a smaller batch_size or drop_last=False.")
+            raise ValueError(f"The data set has {len(dataset)} items, fewer than one batch of "
+                             f"{batch_size}, and drop_last leaves none; take a smaller batch_size or "
+                             "drop_last=False.")
         self.generator = self._generator(seed, shuffle)
 
     def __len__(self) -> int:
@@ -155,12 +167,14 @@ class DataLoader:
         order = torch.randperm(n, generator=self.generator) if self.shuffle else None
         if order is not None and self.tensors:
             order = to_device(order, self.device)
-        return self._batches(order, [slice(i * self.batch_size, min(n, (i + 1) * self.batch_size)) for i in range(len(self))])
+        starts = range(0, len(self) * self.batch_size, self.batch_size)
+        return self._batches(order, [slice(i, min(n, i + self.batch_size)) for i in starts])
 
     def _batches(self, order: Tensor | None, slices: list[slice]) -> Iterator:
         for s in slices:
             if self.tensors:
-                batch = tuple(t[s].clone() if order is None else t.index_select(0, order[s]) for t in self.tensors)
+                batch = tuple(t[s].clone() if order is None else t.index_select(0, order[s])
+                              for t in self.tensors)
                 if not isinstance(self.dataset, TensorDataset):
                     batch = batch[0]
             else:
@@ -170,15 +184,17 @@ class DataLoader:
                 if isinstance(items[0], (tuple, list)) and isinstance(batch, list):
                     batch = tuple(batch)                     # pairs stay pairs, as on the fast path
             if self.transform is not None:
-                batch = (self.transform(batch[0]), *batch[1:]) if isinstance(batch, tuple) else self.transform(batch)
+                batch = ((self.transform(batch[0]), *batch[1:]) if isinstance(batch, tuple)
+                         else self.transform(batch))
             yield batch
 
     @staticmethod
     def _tensors(dataset: Any, device: torch.device | str | None) -> tuple[Tensor, ...] | None:
-        tensors = dataset.tensors if isinstance(dataset, TensorDataset) else (dataset,) if isinstance(dataset, Tensor) else None
+        tensors = (dataset.tensors if isinstance(dataset, TensorDataset)
+                   else (dataset,) if isinstance(dataset, Tensor) else None)
         if tensors and len({len(t) for t in tensors}) > 1:
-            raise ValueError(f"The tensors of the data set have {', '.join(str(len(t)) for t in tensors)} items; "
-                             "every input needs one target, so bring them to the same length.")
+            raise ValueError(f"The tensors of the data set have {', '.join(str(len(t)) for t in tensors)} "
+                             "items; every input needs one target, so bring them to the same length.")
         return tensors and to_device(tensors, device)
 
     @staticmethod
@@ -190,20 +206,23 @@ class DataLoader:
         return torch.Generator().manual_seed(seed)
 
     def __repr__(self) -> str:
-        kind = ("shuffled" if self.shuffle else "in order") + (f", {self.transform}" if self.transform is not None else "")
-        return f"DataLoader({len(self.dataset):,} items, {len(self):,} batches of {self.batch_size}, {kind}, on {self.device})"
+        kind = "shuffled" if self.shuffle else "in order"
+        if self.transform is not None:
+            kind += f", {self.transform}"
+        return (f"DataLoader({len(self.dataset):,} items, {len(self):,} batches of {self.batch_size}, "
+                f"{kind}, on {self.device})")
 
 # %% ../nbs/04_minibatches.ipynb #bdbb1c79
 class DataLoaders:
     "A loader for training and one for validation, with the names of the classes"
     def __init__(self,
-                 train: Iterable,                        # any loader that can be iterated again and again: ours, PyTorch's, a list
+                 train: Iterable,                        # to be iterated once an epoch: ours, PyTorch's, a list
                  valid: Iterable,                        # the same for validation
-                 classes: Sequence[str] | None = None):  # names of the classes; taken from the data set if not given
+                 classes: Sequence[str] | None = None):  # their names; from the data set if not given
         for name, dl in (("training", train), ("validation", valid)):
             if not hasattr(dl, "__iter__") or hasattr(dl, "__next__"):
-                raise ValueError(f"The {name} loader is a {type(dl).__name__}, which cannot be iterated once an epoch; "
-                                 "give a DataLoader or a list of batches.")
+                raise ValueError(f"The {name} loader is a {type(dl).__name__}, which cannot be iterated "
+                                 "once an epoch; give a DataLoader or a list of batches.")
         self.train, self.valid = train, valid
         self._classes = None if classes is None else list(classes)
 
@@ -218,7 +237,8 @@ class DataLoaders:
             elif labels.dtype == torch.int64 and labels.ndim == 1:
                 self._classes = [str(i) for i in range(int(labels.max()) + 1)]
             else:
-                raise ValueError("These loaders do not say which classes there are; give DataLoaders(train, valid, classes=[...]).")
+                raise ValueError("These loaders do not say which classes there are; give "
+                                 "DataLoaders(train, valid, classes=[...]).")
         return self._classes
 
     @property
@@ -244,12 +264,13 @@ class DataLoaders:
         return batch
 
     def show_batch(self, max_n: int = 9) -> None:
-        "Show up to `max_n` pictures of a training batch with the names of their classes, normalisation undone"
+        "Show up to `max_n` pictures of a training batch with their classes' names, normalisation undone"
         xb, yb = to_cpu(self.one_batch()[:2])
         decode = getattr(getattr(self.train, "transform", None), "decode", None)
         xb, yb = xb[:max_n], yb[:max_n].flatten().tolist()
         if xb.ndim not in (3, 4):
-            raise ValueError(f"show_batch draws pictures [N, H, W] or [N, C, H, W], but the inputs have the shape {list(xb.shape)}.")
+            raise ValueError("show_batch draws pictures [N, H, W] or [N, C, H, W], but the inputs have "
+                             f"the shape {list(xb.shape)}.")
         titles = [self.classes[int(y)] for y in yb]
         if decode:
             xb = decode(xb)
@@ -267,7 +288,7 @@ def pixel_stats(x: Tensor,          # uint8 pictures
     "Mean and spread of all pixels on a scale from 0 to 1, exact, without a float copy of the whole set"
     total = squares = 0.0
     for part in x.split(4096):
-        part = part.to(torch.float32)                       # sums below are of whole numbers, in float64: nothing is rounded
+        part = part.to(torch.float32)  # sums below are of whole numbers, in float64: nothing is rounded
         total += part.sum(dtype=torch.float64).item()
         squares += part.square().sum(dtype=torch.float64).item()
     mean = total / x.numel()
@@ -280,10 +301,13 @@ def get_dls(bs: int = 64,                                     # pictures in a tr
             seed: int | None = None,                          # of the training loader's orders
             device: torch.device | str | None = None,         # `default_device()` if not given
             drop_last: bool = True) -> DataLoaders:           # leave out an incomplete last training batch
-    "Loaders of float batches [B, 1, H, W] with labels [B]: training shuffled, validation in order in batches of 2 `bs`"
+    """Loaders of float batches [B, 1, H, W] with labels [B]: training shuffled, validation in order in
+    batches of 2 `bs`"""
     data = mnist() if data is None else data
     device = default_device() if device is None else device
     transform = Normalize(*pixel_stats(data.train_x)) if normalize else Normalize(0., 1.)
-    train, valid = (TensorDataset(x.unsqueeze(1), y) for x, y in ((data.train_x, data.train_y), (data.valid_x, data.valid_y)))
-    return DataLoaders(DataLoader(train, bs, shuffle=True, drop_last=drop_last, seed=seed, device=device, transform=transform),
+    train = TensorDataset(data.train_x.unsqueeze(1), data.train_y)
+    valid = TensorDataset(data.valid_x.unsqueeze(1), data.valid_y)
+    return DataLoaders(DataLoader(train, bs, shuffle=True, drop_last=drop_last, seed=seed, device=device,
+                                  transform=transform),
                        DataLoader(valid, 2 * bs, device=device, transform=transform), classes=data.classes)

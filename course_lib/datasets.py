@@ -54,7 +54,8 @@ def _check_labels(part: str, y: torch.Tensor, pictures: int, classes: int) -> No
     if y.dtype != torch.int64:
         raise ValueError(f"{part}_y holds {y.dtype}; labels are class indices of type torch.int64.")
     if y.ndim != 1:
-        raise ValueError(f"{part}_y has the shape {list(y.shape)}; labels have to be [N], one index a picture.")
+        raise ValueError(f"{part}_y has the shape {list(y.shape)}; labels have to be [N], one index a "
+                         "picture.")
     if len(y) != pictures:
         raise ValueError(f"{part}_x has {pictures:,} pictures and {part}_y {len(y):,} labels; "
                          "give each picture one label.")
@@ -84,8 +85,8 @@ class ImageData:
             _check_pictures(part, x)
             _check_labels(part, y, len(x), self.c)
         if self.train_x.shape[1:] != self.valid_x.shape[1:]:
-            raise ValueError(f"train_x has pictures of {_size(self.train_x)} and valid_x of {_size(self.valid_x)}; "
-                             "bring them to one size.")
+            raise ValueError(f"train_x has pictures of {_size(self.train_x)} and valid_x of "
+                             f"{_size(self.valid_x)}; bring them to one size.")
 
     @property
     def train(self) -> TensorDataset:
@@ -103,8 +104,8 @@ class ImageData:
         return len(self.classes)
 
     def __repr__(self) -> str:
-        return (f"ImageData({self.name}, {self.source}: {len(self.train_x):,} training and {len(self.valid_x):,} "
-                f"validation pictures of {_size(self.train_x)}, {self.c} classes)")
+        return (f"ImageData({self.name}, {self.source}: {len(self.train_x):,} training and "
+                f"{len(self.valid_x):,} validation pictures of {_size(self.train_x)}, {self.c} classes)")
 
 # %% ../nbs/01_datasets.ipynb #2980080c
 class _WrongFile(ValueError):
@@ -133,7 +134,7 @@ class _Digits:
     train_counts: tuple[int, ...]  # pictures a class
     valid_counts: tuple[int, ...]
     md5: tuple[str | None, ...]    # of the four unpacked files
-    mirrors: tuple[str, ...]       # hosts beside those that torchvision knows; each file is checked all the same
+    mirrors: tuple[str, ...]  # hosts beside those that torchvision knows; each file is checked all the same
     instead: str = ""              # what else can be done without it, for the error's sentence
     size: int = 28                 # pixels, each way
     seconds: float = 300           # at most for one file
@@ -155,7 +156,8 @@ class _Digits:
         "The set, checked by length, header, checksum and pictures in each class; _WrongFile or OSError"
         train_x, train_y, valid_x, valid_y = (_read_idx(self.place(root) / name, shape, md5)
                                               for name, (shape, md5) in self.files().items())
-        for part, y, counts in (("train", train_y, self.train_counts), ("t10k", valid_y, self.valid_counts)):
+        for part, y, counts in (("train", train_y, self.train_counts),
+                                ("t10k", valid_y, self.valid_counts)):
             if (found := torch.bincount(y.long(), minlength=len(counts)).tolist()) != list(counts):
                 raise _WrongFile(f"{part}-labels-idx1-ubyte has {found} labels a class "
                                  f"instead of {list(counts)}")
@@ -206,7 +208,7 @@ _FASHION = _Digits(
 # %% ../nbs/01_datasets.ipynb #1dbce4bb
 @contextlib.contextmanager
 def _workshop(root: Path, name: str, seconds: float) -> Iterator[Path]:
-    "A name in `root` for a temporary file or folder, ours alone and gone afterwards; OSError if it cannot be"
+    "A name in `root` for a temporary file or folder, ours alone and gone afterwards; or OSError"
     root.mkdir(parents=True, exist_ok=True)
     part = root / f".{name}.part"
     try:
@@ -254,7 +256,7 @@ def _allowed(url: str) -> bool:
 
 @contextlib.contextmanager
 def _careful_downloads(seconds: float) -> Iterator[list]:
-    "Inside, urllib takes https only, waits ANSWER_SECONDS at most, and cuts (and lists) what lasts over `seconds`"
+    "Inside, urllib takes https only, waits ANSWER_SECONDS, and cuts (and lists) what lasts over `seconds`"
     cut, timers = [], []
 
     def stop(sock: socket.socket) -> None:
@@ -295,8 +297,8 @@ def _careful_downloads(seconds: float) -> Iterator[list]:
 
 # %% ../nbs/01_datasets.ipynb #415d4530
 _FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}  # Windows has no quota error
-_LOCAL = _FULL | {errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR,
-                  errno.EEXIST, errno.ENAMETOOLONG, errno.EXDEV}
+_LOCAL = _FULL | {errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR,
+                  errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EXDEV}
 
 
 def _cause(error: Exception) -> Exception:
@@ -361,7 +363,7 @@ def _download(spec: "_Digits | _Photos", root: Path) -> None:
                       f"try again later, or {spec.by_hand(root)}.")
 
 
-_gave_up: dict[tuple[str, Path], NoDataError] = {}  # downloads that `auto` does not try again in this process
+_gave_up: dict[tuple[str, Path], NoDataError] = {}  # what `auto` does not try again in this process
 
 
 def _real(spec: "_Digits | _Photos") -> "ImageData | Path":
@@ -405,7 +407,7 @@ def _drawn_data(*parts: torch.Tensor) -> ImageData:
 def _read_cache(file: Path) -> ImageData | None:
     "Drawn digits from their cache file; None if it is missing or damaged"
     try:
-        with np.load(file, allow_pickle=False) as arrays:        # checks the file's own checksums as it reads
+        with np.load(file, allow_pickle=False) as arrays:  # checks the file's own checksums as it reads
             return _drawn_data(*(torch.from_numpy(arrays[part]) for part in _PARTS))
     except Exception:                                            # whatever is wrong with it: draw again
         return None
@@ -452,15 +454,16 @@ def mnist() -> ImageData:
 
 
 def fashion_mnist() -> ImageData:
-    "Fashion-MNIST, 60,000 and 10,000 pieces of clothing of 28x28; never drawn: NoDataError if it cannot be had"
+    "Fashion-MNIST, 60,000 and 10,000 pieces of clothing of 28x28; never drawn: NoDataError without it"
     return _announce(_real(_not_drawn(_FASHION)), "Fashion-MNIST: the real pictures")
 
 
 def _not_drawn(spec: "_Digits | _Photos") -> "_Digits | _Photos":
     "`spec`, unless only drawn pictures are wanted"
     if course_source() == "drawn":
-        raise NoDataError("there is no drawn version", f"{spec.name} has no drawn version, and COURSE_SOURCE is "
-                          "'drawn'; set it to auto or real, or use mnist().")
+        raise NoDataError("there is no drawn version",
+                          f"{spec.name} has no drawn version, and COURSE_SOURCE is 'drawn'; "
+                          "set it to auto or real, or use mnist().")
     return spec
 
 # %% ../nbs/01_datasets.ipynb #74ec1d76
@@ -472,7 +475,8 @@ def _by_name(y: torch.Tensor, digit: int) -> torch.Tensor:
 def three_or_seven() -> ImageData:
     "MNIST's 3s (label 0), then its 7s (label 1), in the book's order (`10000.png` comes before `12.png`)"
     data = mnist()
-    train, valid = (torch.cat([_by_name(y, digit) for digit in (3, 7)]) for y in (data.train_y, data.valid_y))
+    train, valid = (torch.cat([_by_name(y, digit) for digit in (3, 7)])
+                    for y in (data.train_y, data.valid_y))
     return ImageData(data.train_x[train], (data.train_y[train] == 7).long(),
                      data.valid_x[valid], (data.valid_y[valid] == 7).long(),
                      classes=["3", "7"], source=data.source, name="three-or-seven")
@@ -500,18 +504,19 @@ def _write_pngs(folder: Path, url: str, layout: dict[str, tuple[torch.Tensor, to
     if url == URLs.MNIST_SAMPLE:
         rows = [f"{sub}/{i}.png,{int(sub.endswith('7'))}"
                 for sub, (_, numbers) in layout.items() for i in numbers.tolist()]
-        (folder / "labels.csv").write_text("\n".join(["name,label", *rows, ""]), encoding="utf-8", newline="\n")
+        text = "\n".join(["name,label", *rows, ""])
+        (folder / "labels.csv").write_text(text, encoding="utf-8", newline="\n")
 
 
 def untar_data(url: str) -> Path:
-    "The folder of PNG files that the book has at `url` (of `URLs`), written once from the data in use; or RuntimeError"
+    "The folder of PNG files that the book has at `url` (of `URLs`), made once of the data; or RuntimeError"
     if url not in (URLs.MNIST_SAMPLE, URLs.MNIST):
         raise ValueError(f"untar_data knows URLs.MNIST_SAMPLE and URLs.MNIST, but not {url!r}.")
     data = mnist()
     layout = _layout(url, data)
     name = Path(url) if data.source == "real" else Path("drawn") / f"{url}-{_drawn_key(0, 0.)}"
     own = platformdirs.user_cache_path("course_lib", appauthor=False)
-    for root in dict.fromkeys((data_path(), own)):               # a shared data folder may be for reading only
+    for root in dict.fromkeys((data_path(), own)):  # a shared data folder may be for reading only
         folder = root / name
         try:
             if not folder.exists():
@@ -530,10 +535,11 @@ def untar_data(url: str) -> Path:
 
 def _whole(folder: Path, layout: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> Path:
     for sub, (_, numbers) in layout.items():
-        found = sum(f.name.endswith(".png") for f in os.scandir(folder / sub)) if (folder / sub).is_dir() else 0
+        files = os.scandir(folder / sub) if (folder / sub).is_dir() else ()
+        found = sum(f.name.endswith(".png") for f in files)
         if found != len(numbers):
-            raise RuntimeError(f"{folder} is not whole ({sub} has {found:,} pictures instead of {len(numbers):,}); "
-                               "delete it and it will be written again.")
+            raise RuntimeError(f"{folder} is not whole ({sub} has {found:,} pictures instead of "
+                               f"{len(numbers):,}); delete it and it will be written again.")
     return folder
 
 # %% ../nbs/01_datasets.ipynb #afd51971
@@ -563,7 +569,8 @@ class _Photos:
 
     def sources(self) -> dict[str, Callable[[Path], object]]:
         from torchvision.datasets import Imagenette
-        return {Imagenette._ARCHIVES["160px"][0]: lambda part: Imagenette(part, size="160px", download=True)}
+        url = Imagenette._ARCHIVES["160px"][0]
+        return {url: lambda part: Imagenette(part, size="160px", download=True)}
 
     def begin(self, root: Path, part: Path) -> None:
         if (packed := root / f"{self.name}.tgz").exists():
@@ -583,5 +590,5 @@ _IMAGENETTE = _Photos("imagenette2-160", {
 
 
 def imagenette_folder() -> Path:
-    "The folder of Imagenette's photos, 160 pixels: train and val, in each a folder a class; downloaded if need be"
+    "The folder of Imagenette's photos, 160 pixels: train and val, a folder a class; downloaded if need be"
     return _real(_not_drawn(_IMAGENETTE))

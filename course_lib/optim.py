@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 # %% ../nbs/03_gradient_descent.ipynb #9e203da6
-_CHUNK = 1 << 16  # numbers; on the CPU, memory for larger intermediate results would be fetched from the system in each step
+_CHUNK = 1 << 16  # numbers; on the CPU, larger intermediate results would need new memory in each step
 
 
 def _chunks(params: list[Tensor], *others: list) -> Iterator[tuple[list, ...]]:
@@ -30,19 +30,21 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "momentum": (lambda v: v >= 0, "momentum is >= 0"),
     "weight_decay": (lambda v: v >= 0, "weight decay is >= 0"),
     "eps": (lambda v: v >= 0, "eps is >= 0"),
-    "betas": (lambda v: len(v) == 2 and all(0 <= b < 1 for b in v), "the betas are two numbers >= 0 and < 1"),
+    "betas": (lambda v: len(v) == 2 and all(0 <= b < 1 for b in v),
+              "the betas are two numbers >= 0 and < 1"),
 }
 
 # %% ../nbs/03_gradient_descent.ipynb #6c247179
 class Optimizer:
-    "What all optimisers share: groups of parameters with their settings, state for each parameter, and a step over all tensors at once"
+    """What all optimisers share: groups of parameters with their settings, state for each parameter, and
+    a step over all tensors at once"""
 
     def __init__(self,
-                 params: Iterable[Tensor] | Iterable[dict[str, Any]],  # tensors, or groups: dicts with `params` and settings of their own
-                 **defaults: Any):                                     # settings of groups that do not bring their own
+                 params: Iterable[Tensor] | Iterable[dict[str, Any]],  # tensors, or groups of them as dicts
+                 **defaults: Any):  # settings of groups that do not bring their own
         self.defaults = defaults
         self.param_groups: list[dict[str, Any]] = []
-        self.state: dict[Tensor, dict[str, Any]] = {}  # kept here, never on the tensors: a new optimiser starts afresh
+        self.state: dict[Tensor, dict[str, Any]] = {}  # never on the tensors: a new optimiser starts afresh
         name = type(self).__name__
         if isinstance(params, Tensor):
             raise ValueError(f"{name} got one tensor; put it into a list, as in {name}([w]).")
@@ -54,26 +56,33 @@ class Optimizer:
                              "(a generator that has been used before is empty).")
 
     def add_param_group(self, group: dict[str, Any]) -> None:
-        "Add parameters with settings of their own, `{'params': tensors, 'lr': ...}`; ValueError for one that cannot be trained"
+        """Add parameters with settings of their own, `{'params': tensors, 'lr': ...}`; ValueError for one
+        that cannot be trained"""
         name = type(self).__name__
         if not isinstance(group, dict) or "params" not in group:
-            raise ValueError(f"{name} got a group without 'params'; a group is a dict such as {{'params': tensors, 'lr': .1}}.")
+            raise ValueError(f"{name} got a group without 'params'; a group is a dict such as "
+                             f"{{'params': tensors, 'lr': .1}}.")
         params = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
         known = {id(p) for g in self.param_groups for p in g["params"]}
         for p in params:
             if not isinstance(p, Tensor):
-                raise ValueError(f"{name} got a {type(p).__name__} among its parameters; it takes tensors, as from model.parameters().")
+                raise ValueError(f"{name} got a {type(p).__name__} among its parameters; it takes "
+                                 "tensors, as from model.parameters().")
             if not p.is_leaf:
-                raise ValueError(f"{name} got a tensor of shape {list(p.shape)} that another computation made; "
-                                 "give it the tensor itself, with requires_grad_() as the last thing done to it.")
+                raise ValueError(f"{name} got a tensor of shape {list(p.shape)} that another computation "
+                                 "made; give it the tensor itself, with requires_grad_() as the last "
+                                 "thing done to it.")
             if not p.is_floating_point():
-                raise ValueError(f"{name} got a tensor of {p.dtype}; only floating point numbers can be trained.")
+                raise ValueError(f"{name} got a tensor of {p.dtype}; only floating point numbers can be "
+                                 "trained.")
             if id(p) in known:
-                raise ValueError(f"{name} got a tensor of shape {list(p.shape)} twice; each may appear once in all groups together.")
+                raise ValueError(f"{name} got a tensor of shape {list(p.shape)} twice; each may appear "
+                                 "once in all groups together.")
             known.add(id(p))
         group = {**self.defaults, **group, "params": params}
         if unknown := group.keys() - self.defaults.keys() - {"params", "name", "initial_lr"}:
-            raise ValueError(f"{name} does not know {', '.join(sorted(unknown))}; its settings are {', '.join(self.defaults)}.")
+            raise ValueError(f"{name} does not know {', '.join(sorted(unknown))}; its settings are "
+                             f"{', '.join(self.defaults)}.")
         self._check(group)
         self.param_groups.append(group)
 
@@ -85,12 +94,15 @@ class Optimizer:
 
     def update(self, group: dict[str, Any], step: int, params: list[Tensor], grads: list[Tensor],
                states: list[dict[str, Any]]) -> None:
-        "Change `params` in place; they share device, dtype and `step`, the count of their steps (1 at the first). For a subclass to write"
-        raise NotImplementedError(f"{type(self).__name__} has no update method; write update(group, step, params, grads, states).")
+        """Change `params` in place; they share device, dtype and `step`, the count of their steps (1 at
+        the first). For a subclass to write"""
+        raise NotImplementedError(f"{type(self).__name__} has no update method; write update(group, step, "
+                                  "params, grads, states).")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        "Make one step with the gradients that are there; a parameter without one is left alone. `closure` computes loss and gradients anew"
+        """Make one step with the gradients that are there; a parameter without one is left alone. `closure`
+        computes loss and gradients anew"""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -104,9 +116,11 @@ class Optimizer:
                 state = self.state.get(p)
                 if state is None:
                     if grad.layout != torch.strided:
-                        raise ValueError(f"{type(self).__name__} got a sparse gradient; use Embedding(..., sparse=False).")
+                        raise ValueError(f"{type(self).__name__} got a sparse gradient; use "
+                                         "Embedding(..., sparse=False).")
                     state = self.state[p] = {}
-                params, grads, states = alike.setdefault((p.device, p.dtype, state.get("step", 0)), ([], [], []))
+                kind = p.device, p.dtype, state.get("step", 0)
+                params, grads, states = alike.setdefault(kind, ([], [], []))
                 params.append(p); grads.append(grad); states.append(state)
             for (device, _, steps), lists in alike.items():
                 for part in _chunks(*lists) if device.type == "cpu" else [lists]:
@@ -129,20 +143,24 @@ class Optimizer:
         "Settings and state as numbers and tensors (not copies), a parameter named by its position"
         position = {p: i for i, p in enumerate(self._params())}
         groups = [{**g, "params": [position[p] for p in g["params"]]} for g in self.param_groups]
-        return {"state": {i: dict(self.state[p]) for p, i in position.items() if self.state.get(p)}, "param_groups": groups}
+        state = {i: dict(self.state[p]) for p, i in position.items() if self.state.get(p)}
+        return {"state": state, "param_groups": groups}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        "Go on from a `state_dict()`, which is copied; ValueError, and nothing is changed, if it does not fit"
+        "Go on from a `state_dict()`, which is copied; ValueError, with nothing changed, if it does not fit"
         name = type(self).__name__
         if not {"state", "param_groups"} <= state_dict.keys():
-            raise ValueError(f"{name} got a state without 'state' or 'param_groups'; load what state_dict() returned.")
+            raise ValueError(f"{name} got a state without 'state' or 'param_groups'; load what "
+                             "state_dict() returned.")
         saved = state_dict["param_groups"]
         sizes, own = ([len(g["params"]) for g in groups] for groups in (saved, self.param_groups))
         if sizes != own:
-            raise ValueError(f"The saved state is for groups of {sizes} tensors, this {name} has {own}; build both from the same model.")
+            raise ValueError(f"The saved state is for groups of {sizes} tensors, this {name} has {own}; "
+                             "build both from the same model.")
         for g in saved:
             if missing := self.defaults.keys() - g.keys():
-                raise ValueError(f"The saved state has no {', '.join(sorted(missing))}, which {name} needs; another optimiser saved it.")
+                raise ValueError(f"The saved state has no {', '.join(sorted(missing))}, which {name} "
+                                 "needs; another optimiser saved it.")
             self._check(g)
         named = dict(zip((i for g in saved for i in g["params"]), self._params(), strict=True))
         state = {}
@@ -150,13 +168,15 @@ class Optimizer:
             p = named[int(i)]
             for key, v in values.items():
                 if key != "step" and isinstance(v, Tensor) and v.shape != p.shape:
-                    raise ValueError(f"The saved {key} of parameter {i} has shape {list(v.shape)}, the parameter has {list(p.shape)}; "
-                                     "it was saved for another model.")
-            state[p] = {key: int(v) if key == "step" else torch.empty_like(p, requires_grad=False).copy_(v) if isinstance(v, Tensor) else v
+                    raise ValueError(f"The saved {key} of parameter {i} has shape {list(v.shape)}, the "
+                                     f"parameter has {list(p.shape)}; it was saved for another model.")
+            state[p] = {key: int(v) if key == "step" else v if not isinstance(v, Tensor)
+                        else torch.empty_like(p, requires_grad=False).copy_(v)
                         for key, v in values.items()}
         self.state = state
         for group, g in zip(self.param_groups, saved, strict=True):
-            group.update({key: tuple(v) if isinstance(v, list) else v for key, v in g.items() if key != "params"})
+            group.update({key: tuple(v) if isinstance(v, list) else v
+                          for key, v in g.items() if key != "params"})
 
     def __repr__(self) -> str:
         lines = []
@@ -169,21 +189,24 @@ class Optimizer:
 
 # %% ../nbs/03_gradient_descent.ipynb #ea8425a1
 class SGD(Optimizer):
-    "Gradient descent with momentum (Polyak 1964), Nesterov's variant (Sutskever et al. 2013) and weight decay; equal to torch.optim.SGD"
+    """Gradient descent with momentum (Polyak 1964), Nesterov's variant (Sutskever et al. 2013) and weight
+    decay; equal to torch.optim.SGD"""
 
     def __init__(self, params: Iterable[Tensor] | Iterable[dict[str, Any]],
                  lr: float = 1e-3,          # learning rate: p -= lr * direction
-                 momentum: float = 0,       # share of the last direction that is kept: direction = momentum * direction + gradient
+                 momentum: float = 0,       # share kept: direction = momentum * direction + gradient
                  dampening: float = 0,      # share of the new gradient that is left out
                  weight_decay: float = 0,   # adds weight_decay * p to the gradient
                  nesterov: bool = False):   # step along gradient + momentum * direction
-        super().__init__(params, lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov)
+        super().__init__(params, lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay,
+                         nesterov=nesterov)
 
     def _check(self, group: dict[str, Any]) -> None:
         super()._check(group)
         if group["nesterov"] and (group["momentum"] == 0 or group["dampening"] != 0):
-            raise ValueError(f"SGD got nesterov=True with momentum={group['momentum']} and dampening={group['dampening']}; "
-                             "Nesterov's step needs momentum > 0 and no dampening.")
+            raise ValueError(f"SGD got nesterov=True with momentum={group['momentum']} and "
+                             f"dampening={group['dampening']}; Nesterov's step needs momentum > 0 and no "
+                             "dampening.")
 
     def update(self, group: dict[str, Any], step: int, params: list[Tensor], grads: list[Tensor],
                states: list[dict[str, Any]]) -> None:
@@ -205,13 +228,14 @@ class SGD(Optimizer):
 
 # %% ../nbs/03_gradient_descent.ipynb #f58f34b2
 class Adam(Optimizer):
-    "Steps of about `lr` whatever the size of the gradient (Kingma and Ba 2014, arXiv 1412.6980); equal to torch.optim.Adam"
+    """Steps of about `lr` whatever the size of the gradient (Kingma and Ba 2014, arXiv 1412.6980); equal to
+    torch.optim.Adam"""
     decoupled = False  # whether weight decay acts on the parameters, or joins the gradient
 
     def __init__(self, params: Iterable[Tensor] | Iterable[dict[str, Any]],
                  lr: float = 1e-3,                             # learning rate
-                 betas: tuple[float, float] = (.9, .999),      # share of the old kept in the running means of gradient and squared gradient
-                 eps: float = 1e-8,                            # added to the root of the latter: no division by nothing
+                 betas: tuple[float, float] = (.9, .999),  # share of the old in the running means
+                 eps: float = 1e-8,  # added to the root: no division by nothing
                  weight_decay: float = 0):                     # adds weight_decay * p to the gradient
         super().__init__(params, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay)
 
@@ -238,7 +262,8 @@ class Adam(Optimizer):
 
 # %% ../nbs/03_gradient_descent.ipynb #a28a1f21
 class AdamW(Adam):
-    "Adam with decoupled weight decay, p -= lr * weight_decay * p (Loshchilov and Hutter 2017, arXiv 1711.05101); as torch.optim.AdamW"
+    """Adam with decoupled weight decay, p -= lr * weight_decay * p (Loshchilov and Hutter 2017, arXiv
+    1711.05101); as torch.optim.AdamW"""
     decoupled = True
 
     def __init__(self, params: Iterable[Tensor] | Iterable[dict[str, Any]], lr: float = 1e-3,
