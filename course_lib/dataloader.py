@@ -129,11 +129,11 @@ class DataLoader:
     """Batches of a data set, as often as you iterate: a fast path for tensors, any other indexable data set
     item by item"""
     def __init__(self,
-                 dataset: Any,                # a `TensorDataset`, a tensor, or whatever has length and index
+                 dataset: Any,                # a `TensorDataset`, a tensor, or what has length and index
                  batch_size: int = 64,
                  shuffle: bool = False,       # a new order each epoch
                  drop_last: bool = False,     # leave out the last batch if it is smaller than the others
-                 seed: int | None = None,  # of the orders; without one it is drawn from PyTorch's generator
+                 seed: int | None = None,     # of the orders; None: drawn from PyTorch's generator
                  device: torch.device | str | None = None,  # where batches live; None: where the items are
                  transform: Callable[[Tensor], Tensor] | None = None  # of a batch's inputs, on the device
                  ):
@@ -216,7 +216,7 @@ class DataLoader:
 class DataLoaders:
     "A loader for training and one for validation, with the names of the classes"
     def __init__(self,
-                 train: Iterable,                        # to be iterated once an epoch: ours, PyTorch's, a list
+                 train: Iterable,                        # iterated once an epoch: ours, PyTorch's, a list
                  valid: Iterable,                        # the same for validation
                  classes: Sequence[str] | None = None):  # their names; from the data set if not given
         for name, dl in (("training", train), ("validation", valid)):

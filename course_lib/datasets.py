@@ -134,7 +134,7 @@ class _Digits:
     train_counts: tuple[int, ...]  # pictures a class
     valid_counts: tuple[int, ...]
     md5: tuple[str | None, ...]    # of the four unpacked files
-    mirrors: tuple[str, ...]  # hosts beside those that torchvision knows; each file is checked all the same
+    mirrors: tuple[str, ...]       # hosts beside those that torchvision knows; files are checked anyway
     instead: str = ""              # what else can be done without it, for the error's sentence
     size: int = 28                 # pixels, each way
     seconds: float = 300           # at most for one file

@@ -41,7 +41,7 @@ class Optimizer:
 
     def __init__(self,
                  params: Iterable[Tensor] | Iterable[dict[str, Any]],  # tensors, or groups of them as dicts
-                 **defaults: Any):  # settings of groups that do not bring their own
+                 **defaults: Any):                                     # for groups without their own
         self.defaults = defaults
         self.param_groups: list[dict[str, Any]] = []
         self.state: dict[Tensor, dict[str, Any]] = {}  # never on the tensors: a new optimiser starts afresh
@@ -233,10 +233,10 @@ class Adam(Optimizer):
     decoupled = False  # whether weight decay acts on the parameters, or joins the gradient
 
     def __init__(self, params: Iterable[Tensor] | Iterable[dict[str, Any]],
-                 lr: float = 1e-3,                             # learning rate
-                 betas: tuple[float, float] = (.9, .999),  # share of the old in the running means
-                 eps: float = 1e-8,  # added to the root: no division by nothing
-                 weight_decay: float = 0):                     # adds weight_decay * p to the gradient
+                 lr: float = 1e-3,                         # learning rate
+                 betas: tuple[float, float] = (.9, .999),  # share of the old in the two running means
+                 eps: float = 1e-8,                        # added to the root: no division by nothing
+                 weight_decay: float = 0):                 # adds weight_decay * p to the gradient
         super().__init__(params, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay)
 
     def update(self, group: dict[str, Any], step: int, params: list[Tensor], grads: list[Tensor],
