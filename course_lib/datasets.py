@@ -276,7 +276,7 @@ def _careful_downloads(seconds: float) -> Iterator[list]:
     class Http(urllib.request.HTTPHandler):
         def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
             if not _allowed(request.full_url):                  # a redirect, or torchvision's second try
-                raise _PlainHttp(f"{request.host} offers no https")
+                raise _PlainHttp(f"{urlsplit(request.full_url).hostname} offers no https")
             return self.do_open(watched(http.client.HTTPConnection), request)
 
     class Https(urllib.request.HTTPSHandler):

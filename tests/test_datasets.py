@@ -307,6 +307,12 @@ def test_only_https_leaves_this_machine(monkeypatch):
         urllib.request.urlopen("http://example.invalid/")
 
 
+def test_behind_a_proxy_the_host_is_named_and_not_the_proxy(monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    with datasets._careful_downloads(5), pytest.raises(datasets._PlainHttp, match="example.invalid offers no https"):
+        urllib.request.urlopen("http://example.invalid/")
+
+
 def test_a_download_that_fills_the_disk(server, root, monkeypatch):
     import torchvision
 

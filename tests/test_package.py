@@ -56,14 +56,14 @@ def test_wheel_installs_into_an_empty_environment_and_imports_there(wheel, tmp_p
     venv.create(env, with_pip=False)
     python = env / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     install = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--no-deps", "--no-index", str(wheel)]
-    done = subprocess.run(install, capture_output=True, text=True)
+    alone = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}        # this checkout must not be found instead
+    done = subprocess.run(install, capture_output=True, text=True, env=alone, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     where = "import sysconfig; print(sysconfig.get_path('purelib'))"
     site = Path(subprocess.run([python, "-c", where], capture_output=True, text=True, check=True).stdout.strip())
     (site / "lent.pth").write_text(str(Path(torch.__file__).parents[1]))
     code = "import course_lib; print(course_lib.__file__)\n" + "\n".join(f"import course_lib.{m}" for m in MODULES)
-    env_vars = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run([python, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=env_vars)
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=alone)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().startswith(str(site)) and not done.stderr
 
