@@ -45,7 +45,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'course_lib.dataloader.Normalize.decode': ( 'minibatches.html#normalize.decode',
                                                                                    'course_lib/dataloader.py'),
                                        'course_lib.dataloader._apply': ('minibatches.html#_apply', 'course_lib/dataloader.py'),
-                                       'course_lib.dataloader._same_shape': ('minibatches.html#_same_shape', 'course_lib/dataloader.py'),
+                                       'course_lib.dataloader._check_batch': ('minibatches.html#_check_batch', 'course_lib/dataloader.py'),
                                        'course_lib.dataloader.batch_accuracy': ( 'minibatches.html#batch_accuracy',
                                                                                  'course_lib/dataloader.py'),
                                        'course_lib.dataloader.get_dls': ('minibatches.html#get_dls', 'course_lib/dataloader.py'),

@@ -30,18 +30,21 @@ def init_params(size: int | Sequence[int],                 # shape of the parame
     return (torch.randn(size) * std).to(device).requires_grad_()
 
 # %% ../nbs/04_minibatches.ipynb #55e213fa
-def _same_shape(predictions: Tensor, targets: Tensor) -> None:
+def _check_batch(predictions: Tensor, targets: Tensor) -> None:
     if predictions.shape != targets.shape:
         raise ValueError(f"The predictions have the shape {list(predictions.shape)} and the targets "
                          f"{list(targets.shape)}, which would broadcast or fail; bring them to the same "
                          "shape, such as [N, 1] with targets.unsqueeze(1).")
+    if predictions.numel() == 0:
+        raise ValueError(f"The batch is empty (shape {list(predictions.shape)}), and the mean of nothing "
+                         "is nan; give it at least one prediction.")
 
 
 def mnist_loss(predictions: Tensor,  # scores of any size, [N, 1]
                targets: Tensor,      # 1 or 0, of the same shape
                ) -> Tensor:
-    "Mean distance between the sigmoid of `predictions` and `targets`; ValueError if the shapes differ"
-    _same_shape(predictions, targets)
+    "Mean distance between the sigmoid of `predictions` and `targets`; ValueError for a shape that does not fit"
+    _check_batch(predictions, targets)
     predictions = predictions.sigmoid()
     return torch.where(targets == 1, 1 - predictions, predictions).mean()
 
@@ -49,8 +52,8 @@ def mnist_loss(predictions: Tensor,  # scores of any size, [N, 1]
 def batch_accuracy(predictions: Tensor,  # scores of any size, [N, 1]
                    targets: Tensor,      # 1 or 0, of the same shape
                    ) -> Tensor:
-    "Share of `predictions` whose sigmoid is on the right side of one half; ValueError if the shapes differ"
-    _same_shape(predictions, targets)
+    "Share of `predictions` whose sigmoid is on the right side of one half; ValueError as for `mnist_loss`"
+    _check_batch(predictions, targets)
     return ((predictions.sigmoid() > .5) == (targets == 1)).float().mean()
 
 # %% ../nbs/04_minibatches.ipynb #315dffc0
@@ -286,6 +289,9 @@ class DataLoaders:
 def pixel_stats(x: Tensor,          # uint8 pictures
                 ) -> tuple[float, float]:
     "Mean and spread of all pixels on a scale from 0 to 1, exact, without a float copy of the whole set"
+    if x.dtype != torch.uint8 or x.numel() == 0:
+        raise ValueError("pixel_stats takes uint8 pictures, at least one, but got "
+                         f"{x.dtype} of shape {list(x.shape)}.")
     total = squares = 0.0
     for part in x.split(4096):
         part = part.to(torch.float32)  # sums below are of whole numbers, in float64: nothing is rounded

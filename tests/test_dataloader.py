@@ -351,6 +351,18 @@ def test_shapes_that_would_broadcast_are_refused(f, shapes):
     assert all(str(list(s)) in str(e.value) for s in shapes)
 
 
+@pytest.mark.parametrize("f", [mnist_loss, batch_accuracy])
+def test_empty_batch_is_refused(f):
+    with pytest.raises(ValueError, match=r"^The batch is empty \(shape \[0, 1\]\), and the mean of nothing is nan"):
+        f(torch.zeros(0, 1), torch.zeros(0, 1))
+
+
+@pytest.mark.parametrize("x", [torch.zeros(0, 28, 28, dtype=torch.uint8), torch.zeros(2, 28, 28)])
+def test_pixel_stats_refuses_what_it_would_get_wrong(x):
+    with pytest.raises(ValueError, match="^pixel_stats takes uint8 pictures"):
+        pixel_stats(x)
+
+
 def test_init_params():
     torch.manual_seed(0); w = init_params((784, 1), std=.5)
     torch.manual_seed(0); equal(w.detach(), torch.randn(784, 1) * .5)

@@ -10,7 +10,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from course_lib.run import ROOT, code_hash, is_current, normalise, notebooks, read_notebook
+from course_lib.run import ROOT, code_hash, is_current, normalise, notebooks, read_notebook, test_environment as environment_of_tests
 
 NOTEBOOKS = notebooks()
 NAMES = [p.relative_to(ROOT / "nbs").as_posix() for p in NOTEBOOKS]
@@ -215,3 +215,17 @@ def test_code_fits_a_browser_window(path):
     limit = 110 if re.match(r"\d\d_", path.name) else 140
     wide = [line for c in code_cells(read_notebook(path)) for line in "".join(c["source"]).splitlines() if len(line) > limit]
     assert not wide
+
+
+@pytest.mark.slow
+@each_notebook
+def test_notebook_runs_alone(path, tmp_path):
+    "In a fresh copy of the tree where no other notebook has run, with an empty folder for pictures and no network"
+    for name in ("course_lib", "nbs", "results"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+    for name in ("settings.ini", "setup.py", "constraints.txt", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    env = {**environment_of_tests(tmp_path / "pictures"), "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--nbval-lax", "--nbval-current-env"]
+    done = subprocess.run([*command, str(path.relative_to(ROOT))], cwd=tmp_path, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stdout[-3000:]
