@@ -43,7 +43,7 @@ def _check_batch(predictions: Tensor, targets: Tensor) -> None:
 def mnist_loss(predictions: Tensor,  # scores of any size, [N, 1]
                targets: Tensor,      # 1 or 0, of the same shape
                ) -> Tensor:
-    "Mean distance between the sigmoid of `predictions` and `targets`; ValueError for a shape that does not fit"
+    "Mean distance of the sigmoid of `predictions` from `targets`; ValueError for shapes that do not fit"
     _check_batch(predictions, targets)
     predictions = predictions.sigmoid()
     return torch.where(targets == 1, 1 - predictions, predictions).mean()
