@@ -129,7 +129,7 @@ def _drawable(im: Any) -> torch.Tensor:
     if x.dtype in (torch.bool, torch.float16, torch.bfloat16):
         x = x.float()
     if x.ndim == 3 and x.dtype != torch.uint8:  # colours: 0 to 1 as floats, 0 to 255 as whole numbers
-        x = x.clamp(0, 1) if x.is_floating_point() else x.clamp(0, 255).to(torch.uint8)
+        x = x.clamp(0, 1) if x.is_floating_point() else x.long().clamp(0, 255).byte()
     return x
 
 

@@ -494,6 +494,8 @@ def main(argv: list[str] | None = None) -> int:
     if a.command == "help":
         print(help_text())
         return 0
+    if not (ROOT / "nbs").is_dir():                 # an installed wheel holds the library alone
+        parser.error("there are no notebooks beside this library; run the command in a clone of the course's repository")
     if a.command == "clean":
         clean()
         return 0
