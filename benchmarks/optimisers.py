@@ -1,10 +1,10 @@
 """
 Time of an optimiser's step, ours against torch.optim: its default, foreach=True and fused=True.
 
-    python benchmarks/optimisers.py [--rounds 15] [--strict]
+    python benchmarks/optimisers.py [--rounds 15]
 
 CPU time of interleaved rounds; each cell is ours/theirs: median (lowest to highest over the rounds). Below 1 we are faster.
-`--strict` ends with an error where ours takes more than 1.2 times the time of torch's default in the median.
+It ends with an error where ours takes more than 1.2 times the time of torch's default in the median.
 """
 import argparse
 import gc
@@ -41,7 +41,6 @@ def stepping(opt: object, times: int) -> Callable[[], None]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--strict", action="store_true")
     args = parser.parse_args()
     torch.manual_seed(0)
     models = {  # shapes, steps a round
@@ -64,7 +63,7 @@ def main() -> int:
     print_table(rows, ("parameters", "method", "ours, µs a step", *(f"ours / torch {r}" for r in RIVALS)))
     if slow:
         print("\nover 1.2 times torch's default: " + "; ".join(slow))
-    return 1 if slow and args.strict else 0
+    return 1 if slow else 0
 
 
 if __name__ == "__main__":

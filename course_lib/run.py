@@ -90,7 +90,10 @@ def setup(torch_index: str | None = None) -> Path | None:
     if python.exists() and ready.exists() and ready.read_text() == recipe:
         return None if inside else python
     size, room = ("0.3 GB", "2 GB") if torch_index else ("2.7 GB on Linux, most of it PyTorch for GPUs (else 0.4 GB)", "up to 6 GB")
-    _say(f"Setting up .venv: downloads {size}, takes {room} on disk and 2 to 10 minutes. Later starts take seconds.")
+    if python.exists():
+        _say("Bringing .venv up to date: only what is missing or has changed is downloaded.")
+    else:
+        _say(f"Setting up .venv: downloads {size}, takes {room} on disk and 2 to 10 minutes. Later starts take seconds.")
     start = time.perf_counter()
     ready.unlink(missing_ok=True)
     make = [sys.executable, "-m", "venv", str(ROOT / ".venv")]
