@@ -101,7 +101,7 @@ def setup(torch_index: str | None = None) -> Path | None:
         raise SystemExit("Python could not make a virtual environment in .venv. On Debian or Ubuntu: apt install python3-venv; "
                          "else check that this folder can be written.")
     if torch_index:
-        _pip(python, ["torch", "torchvision", "-c", "constraints.txt", "--index-url", torch_index])
+        _pip(python, ["torch", "torchvision", "-c", "constraints.txt", "-i", torch_index])
     _pip(python, ["-e", ".[dev]", "-c", "constraints.txt"])
     ready.write_text(recipe)
     _say(f"The environment is ready ({time.perf_counter() - start:.0f} s).")

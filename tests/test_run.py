@@ -40,7 +40,7 @@ def test_environment_is_rebuilt_when_its_recipe_changed(tmp_path, monkeypatch):
     run.setup()
     assert len(calls) == 2
     run.setup("https://example.org/cpu")
-    assert len(calls) == 4 and calls[2][-2:] == ["--index-url", "https://example.org/cpu"]
+    assert len(calls) == 4 and calls[2][-2:] == ["-i", "https://example.org/cpu"]
 
 
 def test_failed_install_is_one_sentence_and_tried_again(tmp_path, capfd):
