@@ -225,3 +225,12 @@ def test_notebook_runs_alone(path, tmp_path):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--nbval-lax", "--nbval-current-env"]
     done = subprocess.run([*command, str(path.relative_to(ROOT))], cwd=tmp_path, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+@each_notebook
+def test_links_to_other_notebooks_resolve(path):
+    text = "\n".join("".join(c["source"]) for c in read_notebook(path)["cells"] if c["cell_type"] == "markdown")
+    links = [link for link in re.findall(r"\]\(([^)#\s]+)", text) if "://" not in link]
+    assert not [link for link in links if not (path.parent / link).exists()]
+    if (m := re.match(r"(\d\d)_", path.name)) and any(n.startswith(f"{int(m[1]) + 1:02d}_") for n in NAMES):
+        assert "**Next:**" in text
