@@ -193,8 +193,7 @@ class _Digits:
 # %% ../nbs/01_datasets.ipynb #cdf4a42a
 _MNIST = _Digits(
     "MNIST", tuple("0123456789"),
-    train_counts=(5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949),
-    valid_counts=(980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009),
+    train_counts=drawn.TRAIN_COUNTS, valid_counts=drawn.VALID_COUNTS,
     md5=("6bbc9ace898e44ae57da46a324031adb", "a25bea736e30d166cdddb491f175f624",
          "2646ac647ad5339dbf082846283269ea", "27ae3e4e09519cfbb04c329615203637"),
     mirrors=("https://storage.googleapis.com/cvdf-datasets/mnist/",),
