@@ -185,6 +185,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'course_lib.run.copy_for_reader': ('appendix/run.html#copy_for_reader', 'course_lib/run.py'),
                                 'course_lib.run.data': ('appendix/run.html#data', 'course_lib/run.py'),
                                 'course_lib.run.execute': ('appendix/run.html#execute', 'course_lib/run.py'),
+                                'course_lib.run.export_library': ('appendix/run.html#export_library', 'course_lib/run.py'),
                                 'course_lib.run.has_display': ('appendix/run.html#has_display', 'course_lib/run.py'),
                                 'course_lib.run.help_text': ('appendix/run.html#help_text', 'course_lib/run.py'),
                                 'course_lib.run.is_current': ('appendix/run.html#is_current', 'course_lib/run.py'),

@@ -10,7 +10,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from course_lib.run import ROOT, code_hash, is_current, normalise, notebooks, read_notebook, test_environment as environment_of_tests
+from course_lib.run import ROOT, code_hash, export_library, is_current, normalise, notebooks, read_notebook
+from course_lib.run import test_environment as environment_of_tests
 
 NOTEBOOKS = notebooks()
 NAMES = [p.relative_to(ROOT / "nbs").as_posix() for p in NOTEBOOKS]
@@ -62,7 +63,7 @@ def test_library_is_a_fresh_export(tmp_path):
     for module in (tmp_path / "course_lib").glob("*.py"):
         if module.name != "__init__.py":
             module.unlink()
-    subprocess.run([sys.executable, "-c", "from nbdev.doclinks import nbdev_export; nbdev_export()"], cwd=tmp_path, check=True)
+    export_library(tmp_path)
     fresh = {p.name: p.read_bytes() for p in (tmp_path / "course_lib").glob("*.py")}
     kept = {p.name: p.read_bytes() for p in (ROOT / "course_lib").glob("*.py")}
     assert fresh.keys() == kept.keys()

@@ -61,6 +61,10 @@ def test_reader_copy_survives_a_damaged_start(tmp_path):
     said = run.copy_for_reader(nbs, my)
     assert "mine" in (my / "a.ipynb").read_text() and "new" in (my / "a.new.ipynb").read_text()
     assert len(said) == 1 and "a.new.ipynb" in said[0]
+    (my / "a.new.ipynb").write_text(nb("mine too"))              # the reader works in the newer one, and then comes a third
+    (nbs / "a.ipynb").write_text(nb("newest"))
+    assert "a.new2.ipynb" in run.copy_for_reader(nbs, my)[0] and "newest" in (my / "a.new2.ipynb").read_text()
+    assert "mine" in (my / "a.ipynb").read_text() and "mine too" in (my / "a.new.ipynb").read_text()
     assert (my / "appendix" / "b.ipynb").exists()
 
 
