@@ -165,12 +165,16 @@ class DataLoader:
         return n // self.batch_size if self.drop_last else math.ceil(n / self.batch_size)
 
     def __iter__(self) -> Iterator:
-        "One epoch; the order is drawn here, so that iterators may overlap"
+        "One epoch"
+        return self.batches()
+
+    def batches(self, start: int = 0) -> Iterator:
+        "An epoch from batch `start` on; the order is drawn here, so that iterators may overlap"
         n = len(self.dataset)
         order = torch.randperm(n, generator=self.generator) if self.shuffle else None
         if order is not None and self.tensors:
             order = to_device(order, self.device)
-        starts = range(0, len(self) * self.batch_size, self.batch_size)
+        starts = range(start * self.batch_size, len(self) * self.batch_size, self.batch_size)
         return self._batches(order, [slice(i, min(n, i + self.batch_size)) for i in starts])
 
     def _batches(self, order: Tensor | None, slices: list[slice]) -> Iterator:

@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['Figure', 'course_scale', 'course_source', 'data_path', 'pick', 'expect', 'result_number', 'record', 'in_notebook',
-           'set_seed', 'default_device']
+           'set_seed', 'random_state', 'set_random_state', 'default_device']
 
 # %% ../nbs/appendix/settings.ipynb #3d5fd404
 import functools
@@ -110,6 +110,23 @@ def set_seed(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+# %% ../nbs/appendix/settings.ipynb #fdf45487
+def random_state() -> dict[str, Any]:
+    "Where the random generators of Python, NumPy and PyTorch (CPU and CUDA) stand: numbers, lists, tensors"
+    name, keys, *rest = np.random.get_state()
+    return {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest), "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    "Put the random generators back to where `random_state` found them; lists may stand for its tuples"
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    np.random.set_state(tuple(state["numpy"]))
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
 
 # %% ../nbs/appendix/settings.ipynb #cf1b3472
 def _trouble(device: torch.device) -> str | None:

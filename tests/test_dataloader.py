@@ -173,6 +173,19 @@ def test_the_generators_state_brings_an_epoch_back():
     assert all(w.equal(torch.cat(list(other))) for w in want)
 
 
+@pytest.mark.parametrize("dataset", [torch.arange(10), list(range(10))], ids=["tensor", "list"])
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("start", [0, 3, 4])
+def test_an_epoch_goes_on_from_a_batch(dataset, shuffle, start):
+    dl = DataLoader(dataset, 3, shuffle=shuffle, seed=1)
+    before = dl.generator.get_state()
+    whole = [b.tolist() for b in dl]
+    after = dl.generator.get_state()
+    dl.generator.set_state(before)
+    assert [b.tolist() for b in dl.batches(start)] == whole[start:]
+    assert dl.generator.get_state().equal(after)
+
+
 def test_two_processes_hand_out_the_same_bytes():
     code = ("import hashlib, torch; from course_lib.dataloader import *; from torch.utils.data import TensorDataset\n"
             "g = torch.Generator().manual_seed(0); x = torch.randint(0, 256, (300, 1, 8, 8), dtype=torch.uint8, generator=g)\n"

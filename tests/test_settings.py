@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from course_lib import settings
-from course_lib.settings import (course_scale, course_source, data_path, default_device, expect, in_notebook, pick, record,
-                                 set_seed)
+from course_lib.settings import (course_scale, course_source, data_path, default_device, expect, in_notebook, pick, random_state, record,
+                                 set_random_state, set_seed)
 
 
 @pytest.fixture(autouse=True)
@@ -138,6 +138,17 @@ def test_set_seed_repeats_all_three(seed):
     set_seed(seed); again = draws()
     set_seed(seed + 1); other = draws()
     assert first == again and all(a != b for a, b in zip(first, other, strict=True))
+
+
+def test_the_random_state_comes_back_also_from_a_file():
+    set_seed(3)
+    random.gauss(0, 1), np.random.randn()            # both keep a second number for the next call
+    state = random_state()
+    first = draws(), random.gauss(0, 1), np.random.randn()
+    draws()
+    written = json.loads(json.dumps({k: state[k] for k in ("python", "numpy")}))
+    set_random_state({**state, **written})
+    assert (draws(), random.gauss(0, 1), np.random.randn()) == first
 
 
 def test_set_seed_is_the_same_in_a_new_process():
