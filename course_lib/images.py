@@ -54,7 +54,9 @@ def _png(fig: Figure, dpi: int) -> bytes:
 def show_figure(fig: Figure,
                 alt: str,                    # what the figure shows, for a reader who cannot see it
                 caption: str | None = None,  # what to take from it, shown below; `alt` if not given
-                dpi: int = 144) -> None:     # dots an inch; shown at 90, to be sharp on fine screens
+                dpi: int = 144,              # dots an inch; shown at 90, to be sharp on fine screens
+                name: str | None = None,     # to replace the figure later
+                replace: bool = False) -> None:  # the figure shown under `name`, where it stands
     """Show a figure in the notebook with its alt text and a caption, and close it.
 
     In a script it opens a window, if there is a display."""
@@ -63,9 +65,11 @@ def show_figure(fig: Figure,
     if in_notebook():
         from IPython.display import Markdown, display
         width, height = (round(90 * inches) for inches in fig.get_size_inches())
+        ids = [{"display_id": f"{name}-{part}", "update": replace} if name else {}
+               for part in ("figure", "caption")]
         display({"image/png": base64.b64encode(_png(fig, dpi)).decode(), "text/plain": alt}, raw=True,
-                metadata={"image/png": {"alt": alt, "width": width, "height": height}})
-        display(Markdown("*" + (caption or alt).replace("*", r"\*") + "*"))
+                metadata={"image/png": {"alt": alt, "width": width, "height": height}}, **ids[0])
+        display(Markdown("*" + (caption or alt).replace("*", r"\*") + "*"), **ids[1])
     elif fig.canvas.required_interactive_framework:
         plt.show()
     plt.close(fig)

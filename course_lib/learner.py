@@ -4,8 +4,9 @@
 __all__ = ['EVENTS', 'default_opt', 'FORMAT', 'CancelException', 'CancelBatchException', 'CancelTrainException',
            'CancelValidException', 'CancelEpochException', 'CancelFitException', 'Callback', 'Learner', 'len_of',
            'check_batch', 'BatchCheck', 'failing_layer', 'accuracy', 'error_rate', 'Averages', 'n_items', 'Recorder',
-           'smooth', 'Progress', 'TerminateOnNaN', 'write_checkpoint', 'read_checkpoint', 'Checkpoint', 'Hook', 'Hooks',
-           'evaluating', 'Summary', 'shapes_of', 'activation_of', 'ClassificationInterpretation', 'vision_learner']
+           'smooth', 'Progress', 'ShowGraph', 'TerminateOnNaN', 'write_checkpoint', 'read_checkpoint', 'Checkpoint',
+           'Hook', 'Hooks', 'evaluating', 'Summary', 'shapes_of', 'activation_of', 'ClassificationInterpretation',
+           'vision_learner']
 
 # %% ../nbs/05_learner.ipynb #519aeb4d
 import copy
@@ -515,21 +516,23 @@ class Recorder(Callback):
         self.sizes = array("q", state["sizes"])
         self.waiting[:len(self.sizes)] = state["waiting"].to(self.waiting.device)
 
-    def plot_loss(self, skip_start: int = 5, with_valid: bool = True) -> None:
-        "Draw the training loss of every batch, smoothed as in `smooth`, and the validation loss of every epoch"
-        if not len(self.losses):
-            raise ValueError("There is nothing to draw yet; plot_loss shows the losses of a finished epoch.")
-        smoothed, (fig, ax) = smooth(self.losses), subplots(figsize=(5, 3))
+    def plot_loss(self, skip_start: int = 5, with_valid: bool = True, **kwargs: Any) -> None:
+        """Draw the training loss of every batch, smoothed as in `smooth`, and the validation loss of every
+        epoch; further arguments are `show_figure`'s"""
+        losses = [*self.losses, *self.waiting[:len(self.sizes)].tolist()]
+        if not losses:
+            raise ValueError("There is nothing to draw yet; plot_loss shows the losses of a fit.")
+        smoothed, (fig, ax) = smooth(losses), subplots(figsize=(5, 3))
         skip = min(skip_start, len(smoothed) - 1)
         ax.plot(range(skip + 1, len(smoothed) + 1), smoothed[skip:], label="training, smoothed")
-        if with_valid:
+        alt = f"Training loss over {len(smoothed)} batches, ending near {smoothed[-1]:.3g}"
+        if with_valid and self.values:
             ax.plot(self.epoch_ends, [v[1] for v in self.values], marker="o", label="validation")
+            alt += f"; validation loss ends at {self.values[-1][1]:.3g}"
         ax.set(xlabel="training batch", ylabel="loss")
         ax.legend()
-        last = self.values[-1]
-        show_figure(fig, alt=f"Training loss over {len(smoothed)} batches, ending near {smoothed[-1]:.3g}; "
-                             f"validation loss ends at {last[1]:.3g}.",
-                    caption="Training loss, smoothed, and validation loss at the end of each epoch.")
+        show_figure(fig, alt + ".", "Training loss, smoothed, and validation loss at the end of each epoch.",
+                    **kwargs)
 
 
 def smooth(values: Sequence[float],  # losses, one a batch
@@ -547,8 +550,8 @@ class Progress(Callback):
     "A table with a row an epoch and, where somebody watches, a bar; nothing at test scale"
     order = 60
 
-    def __init__(self, plot: bool = False):  # draw the losses while training goes on, too
-        self.plot, self.bar = plot, None
+    def __init__(self) -> None:
+        self.bar: tqdm | None = None
 
     def before_fit(self) -> None:
         self.on = course_scale() != "test"
@@ -562,7 +565,7 @@ class Progress(Callback):
         total = None if learn.n_iter is None else learn.n_iter + (len_of(learn.dls.valid) or 0)
         off = {} if self.watched else {"disable": True}   # else tqdm's own settings decide
         self.bar = tqdm(total=total, desc=f"epoch {learn.epoch}", leave=False, file=sys.stdout, delay=.5,
-                        dynamic_ncols=True, **off)
+                        mininterval=.25, dynamic_ncols=True, **off)
 
     def after_batch(self) -> None:
         self.bar.update()
@@ -581,6 +584,33 @@ class Progress(Callback):
     def _row(self, cells: list[str]) -> None:
         if self.on:
             print("  ".join(c.rjust(w) for c, w in zip(cells, self.widths, strict=True)), flush=True)
+
+# %% ../nbs/05_learner.ipynb #ed69e715
+class ShowGraph(Callback):
+    "Draws the losses while training goes on, one figure that is replaced; for the notebook"
+    order = 65
+
+    def __init__(self, seconds: float = 2):  # at least so long between two pictures
+        self.seconds = seconds
+
+    def before_fit(self) -> None:
+        self.name_shown, self.drawn = f"losses-{time.time_ns()}", 0
+        self.next = time.perf_counter() + self.seconds
+
+    def after_batch(self) -> None:
+        if self.learn.training and time.perf_counter() > self.next:
+            self._draw()
+
+    def after_epoch(self) -> None:
+        self._draw()
+
+    def _draw(self) -> None:
+        if in_notebook():
+            start = time.perf_counter()
+            self.learn.recorder.plot_loss(name=self.name_shown, replace=self.drawn > 0)
+            self.drawn += 1
+            took = time.perf_counter() - start           # drawing shall cost at most a tenth of the time
+            self.next = start + max(self.seconds, 10 * took)
 
 # %% ../nbs/05_learner.ipynb #892a4807
 class TerminateOnNaN(Callback):

@@ -30,8 +30,8 @@ from statistics import fmean, stdev
 
 # %% ../nbs/appendix/run.ipynb #dbea3402
 ROOT = Path(__file__).resolve().parents[1] if "__file__" in globals() else Path.cwd().resolve().parents[1]
-NEEDED = ("torch", "torchvision", "matplotlib", "fastcore", "platformdirs", "filelock", "tqdm", "jupyterlab", "ipykernel", "nbdev",
-          "nbval", "nbclient", "nbformat", "pytest", "xdist")
+NEEDED = ("torch", "torchvision", "matplotlib", "fastcore", "platformdirs", "filelock", "tqdm", "safetensors", "jupyterlab", "ipykernel",
+          "nbdev", "nbval", "nbclient", "nbformat", "pytest", "xdist")
 
 
 def notebooks(folder: Path = ROOT / "nbs") -> list[Path]:
@@ -276,7 +276,7 @@ def execute(path: Path, source: str, scale: str, timeout: int = 3600) -> dict:
                             record_timing=False, store_widget_state=False, extra_arguments=["--log-level=ERROR"])
     start = time.perf_counter()
     try:
-        client.execute(env=_environment(COURSE_SOURCE=source, COURSE_SCALE=scale))
+        client.execute(env=_environment(COURSE_SOURCE=source, COURSE_SCALE=scale, TQDM_DISABLE="1"))  # no bars in stored outputs
     except CellExecutionError as e:
         raise SystemExit(f"{path.name} stopped with an error:\n{e}") from None
     seconds, nb = time.perf_counter() - start, json.loads(nbformat.writes(nb))

@@ -318,6 +318,13 @@ def test_show_figure_in_a_notebook(shown):
     assert shown[1][0].data == "*An empty figure.*"
 
 
+def test_show_figure_replaces_a_figure_of_the_same_name(shown):
+    for replace in (False, True):
+        show_figure(subplots()[0], "A line that grows.", name="growing", replace=replace)
+    assert [(o["display_id"], o["update"]) for _, o in shown] == [("growing-figure", False), ("growing-caption", False),
+                                                                  ("growing-figure", True), ("growing-caption", True)]
+
+
 def test_show_figure_wants_an_alt_text():
     for alt in ("", "  \n"):
         with pytest.raises(ValueError, match="^show_figure needs an alt text: say in a sentence what the figure shows.$"):
