@@ -3,10 +3,10 @@
 # %% auto #0
 __all__ = ['EVENTS', 'default_opt', 'FORMAT', 'CancelException', 'CancelBatchException', 'CancelTrainException',
            'CancelValidException', 'CancelEpochException', 'CancelFitException', 'Callback', 'Learner', 'len_of',
-           'check_batch', 'BatchCheck', 'failing_layer', 'accuracy', 'error_rate', 'Averages', 'n_items', 'Recorder',
-           'smooth', 'Progress', 'ShowGraph', 'TerminateOnNaN', 'write_checkpoint', 'read_checkpoint', 'Checkpoint',
-           'Hook', 'Hooks', 'evaluating', 'Summary', 'shapes_of', 'activation_of', 'ClassificationInterpretation',
-           'vision_learner']
+           'accuracy', 'error_rate', 'Averages', 'n_items', 'Recorder', 'smooth', 'Progress', 'ShowGraph',
+           'check_batch', 'BatchCheck', 'failing_layer', 'TerminateOnNaN', 'evaluating', 'ChannelsLast', 'Hook',
+           'Hooks', 'Summary', 'shapes_of', 'activation_of', 'ClassificationInterpretation', 'write_checkpoint',
+           'read_checkpoint', 'Checkpoint', 'vision_learner']
 
 # %% ../nbs/05_learner.ipynb #519aeb4d
 import copy
@@ -18,7 +18,7 @@ import sys
 import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -103,7 +103,8 @@ class Learner:
                  metrics: Callable | Sequence[Callable] = (),  # (predictions, targets) -> mean, in validation
                  cbs: Any = (),                        # callbacks for every fit, or one
                  device: torch.device | str | None = None,  # the loaders' if not given, or `default_device()`
-                 progress: bool = True):               # show a table and a bar
+                 progress: bool = True,                # show a table and a bar
+                 channels_last: bool = True):          # keep convolutions so where it is faster (`ChannelsLast`)
         self.dls, self.loss_func, self.opt_func, self.lr = dls, loss_func, opt_func, lr
         self.device = torch.device(device or getattr(dls.train, "device", None) or default_device())
         self.model, self.opt = model.to(self.device), None
@@ -111,7 +112,7 @@ class Learner:
         self.cbs: list[Callback] = []
         self.epoch = self.n_epoch = self.iter = self.n_iter = 0
         self.xb = self.yb = self.pred = self.loss = None
-        self.add_cbs([BatchCheck, Recorder, TerminateOnNaN, *[Progress] * progress])
+        self.add_cbs([BatchCheck, Recorder, TerminateOnNaN, *[Progress] * progress, *[ChannelsLast] * channels_last])
         self.add_cbs(cbs)
 
     def fit(self,
@@ -135,8 +136,8 @@ class Learner:
             self._with_events("fit", self._epochs, CancelFitException)
 
     def _epochs(self) -> None:
-        for cb in self.cbs if self._resumed else ():
-            cb.load_state_dict(self._resumed["cbs"].get(cb.name, {}))
+        if self._resumed:
+            self._go_on()
         for self.epoch in range(self.epoch, self.n_epoch):
             self._with_events("epoch", self._epoch, CancelEpochException)
 
@@ -228,7 +229,7 @@ def _set_batch(self: Learner, batch: Any) -> None:
     self.pred = self.loss = None
     self.xb, self.yb = to_device(batch[0], self.device), to_device(batch[1], self.device)
 
-
+# %% ../nbs/05_learner.ipynb #afa2c4f7
 @patch
 def set_hypers(self: Learner, **hypers: Any) -> None:
     """Set `lr`, `momentum`, `weight_decay`, ... in every group of the optimiser; `momentum` is the first
@@ -265,7 +266,7 @@ def _optimizer(self: Learner) -> Iterator[None]:
         for group, settings in zip(self.opt.param_groups, before, strict=True):
             group.update(settings)
 
-
+# %% ../nbs/05_learner.ipynb #b521834a
 def _as_list(cbs: Any) -> list:
     return [cbs] if isinstance(cbs, (Callback, type)) else list(cbs or ())
 
@@ -308,97 +309,71 @@ def added_cbs(self: Learner, cbs: Any) -> Iterator[None]:
     finally:
         self.remove_cbs([c for c in self.cbs if c not in before])
 
-# %% ../nbs/05_learner.ipynb #ebc86311
-def check_batch(pred: Any,                    # predictions [N, ...]
-                yb: Any,                      # targets: as predictions, or class numbers [N]
-                labels: Tensor | None = None, # all class numbers that there are; those of the batch if not given
-                ) -> None:
-    "ValueError for predictions and targets that a loss would broadcast, or labels without a score"
-    if not isinstance(pred, Tensor) or not isinstance(yb, Tensor) or pred.shape == yb.shape:
-        return
-    if (not pred.ndim or yb.is_floating_point() or yb.shape != pred.shape[:1] + pred.shape[2:]
-            or pred.shape[1] == 1):
-        raise ValueError(f"The predictions have the shape {list(pred.shape)} and the targets "
-                         f"{list(yb.shape)} ({str(yb.dtype)[6:]}), which a loss would broadcast or refuse. "
-                         "Give targets of the same shape, or class numbers [N] for scores [N, classes].")
-    labels = yb if labels is None else labels
-    labels = labels[labels != -100]           # cross-entropy's mark for "ignore this one"
-    low, high = (int(labels.min()), int(labels.max())) if labels.numel() else (0, 0)
-    if low < 0 or high >= pred.shape[1]:
-        raise ValueError(f"The labels go from {low} to {high}, but the model gives {pred.shape[1]} scores, for "
-                         f"the classes 0 to {pred.shape[1] - 1}; correct the labels or the model's last layer.")
+# %% ../nbs/05_learner.ipynb #595d6e22
+@patch
+def _fit_key(self: Learner) -> dict[str, Any]:
+    "What has to be the same in a fit that is resumed"
+    return {"n_epoch": self.n_epoch, "batches an epoch": self.n_iter, "lr": self.fit_lr}
 
 
-class BatchCheck(Callback):
-    "Looks at shapes and labels once a fit, before the first loss: some mistakes make no error, only bad models"
-    order = -20
-
-    def before_fit(self) -> None:
-        self.checked: set[bool] = set()
-
-    def after_train(self) -> None:
-        if self.learn.n_iter is None and not self.learn.recorder.sizes:
-            raise ValueError("The training loader gave no batch; give it at least one.")
-
-    def after_pred(self) -> None:
-        learn = self.learn
-        if learn.training not in self.checked:
-            self.checked.add(learn.training)
-            dl = learn.dls.train if learn.training else learn.dls.valid
-            data = getattr(dl, "dataset", None)
-            labels = data.tensors[-1] if isinstance(data, TensorDataset) else None
-            same = isinstance(learn.yb, Tensor) and labels is not None and labels.shape[1:] == learn.yb.shape[1:]
-            check_batch(learn.pred, learn.yb, labels if same else None)
+@patch
+def _random_states(self: Learner) -> dict[str, Any]:
+    generator = getattr(self.dls.train, "generator", None)
+    return {"random": random_state(), "loader": None if generator is None else generator.get_state()}
 
 
-def failing_layer(model: nn.Module, xb: Any) -> str | None:
-    "The layer at which the model breaks off on a batch, with the shape it got; None if there is no error"
-    inside: list[tuple[str, nn.Module, Any]] = []
-    hooks = [m.register_forward_pre_hook(lambda m, args, name=name: inside.append((name, m, args)))
-             for name, m in model.named_modules()]
-    hooks += [m.register_forward_hook(lambda *_: inside.pop() and None) for m in model.modules()]
-    try:
-        with torch.no_grad():
-            model(xb)
+@patch
+def _set_random_states(self: Learner, states: dict[str, Any]) -> None:
+    set_random_state(states["random"])
+    if states["loader"] is not None:
+        self.dls.train.generator.set_state(states["loader"])
+
+
+@patch
+def _read_resume(self: Learner, path: str | Path | None) -> dict[str, Any] | None:
+    "Model, optimiser and place from a checkpoint; what else it holds comes when the fit is under way"
+    if path is None:
         return None
-    except Exception as e:
-        name, module, args = inside[-1] if inside else ("", model, (xb,))
-        shapes = ", ".join(str(list(a.shape)) if isinstance(a, Tensor) else type(a).__name__ for a in args)
-        text = str(e).splitlines()[0] if str(e) else type(e).__name__
-        return f"{f'layer {name!r}, ' if name else ''}{type(module).__name__}, got {shapes}: {text}"
-    finally:
-        for hook in hooks:
-            hook.remove()
+    if not (path := _with_suffix(path)).exists():
+        print(f"There is no {path.name} yet, so the fit starts at its beginning.")
+        return None
+    state = read_checkpoint(path)
+    if "fit" not in state:
+        raise ValueError(f"{path.name} was written by save, not by Checkpoint, so there is no fit to resume; "
+                         "use load.")
+    for what, here in self._fit_key().items():
+        if (there := state["fit"][what]) != here:
+            raise ValueError(f"{path.name} is of a fit with {what} = {there}, and here it is {here}; give the "
+                             "same to resume it, or use load and begin a new fit.")
+    self._load_state(state, path.name)
+    self.epoch = state["fit"]["epoch"]
+    return state
 
 
 @patch
-@contextmanager
-def _explained(self: Learner) -> Iterator[None]:
-    "Say where a fit broke off and why, and leave a learner that works"
-    try:
-        yield
-    except KeyboardInterrupt:
-        print(f"Interrupted in {self._where()}. The learner keeps what it has learned; fit goes on from there.")
-        raise
-    except Exception as e:
-        if self.xb is not None and self.pred is None and not isinstance(e, torch.OutOfMemoryError):
-            if why := failing_layer(self.model, self.xb):
-                raise ValueError(f"The model cannot take this batch: {why}") from e
-        if self.pred is not None and self.loss is None:
-            check_batch(self.pred, self.yb)
-        if self.xb is not None and not isinstance(e, FloatingPointError):
-            e.add_note(f"It happened in {self._where()}; the learner can go on from there.")
-        raise
-    finally:
-        self.model.eval()
-        self.xb = self.yb = self.pred = self.loss = self._resumed = None  # memory of the last batch
+def _go_on(self: Learner) -> None:
+    "Give the callbacks what a checkpoint kept for them, and put random states back"
+    for cb in self.cbs:
+        if cb.name in self._resumed["cbs"]:
+            cb.load_state_dict(self._resumed["cbs"][cb.name])
+    self._set_random_states(self._resumed["fit"]["now"])
 
 
 @patch
-def _where(self: Learner) -> str:
-    "Epoch and batch, for people"
-    part, total = ("training", self.n_iter) if self.training else ("validation", len_of(self.dls.valid))
-    return f"epoch {self.epoch}, {part} batch {self.iter}" + (f" of {total}" if total else "")
+def _training_batches(self: Learner) -> Iterable[tuple[int, Any]]:
+    "The numbered batches of an epoch; in one that is resumed, those that are left"
+    dl, resumed, self._resumed = self.dls.train, self._resumed, None
+    start = resumed["fit"]["batch"] if resumed else 0
+    if not start:
+        self.epoch_start = self._random_states()
+        return enumerate(dl)
+    self.epoch_start = resumed["fit"]["epoch_start"]
+    self._set_random_states(self.epoch_start)          # the same order again
+    batches = dl.batches(start) if hasattr(dl, "batches") else iter(dl)
+    for _ in range(0 if hasattr(dl, "batches") else start):
+        next(batches)
+    self._set_random_states(resumed["fit"]["now"])
+    return enumerate(batches, start)
 
 # %% ../nbs/05_learner.ipynb #88c3b21b
 def _aligned(pred: Tensor, targ: Tensor, name: str) -> None:
@@ -506,15 +481,16 @@ class Recorder(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         return {"values": self.values, "seconds": self.seconds, "losses": torch.tensor(self.losses),
-                "lrs": list(self.lrs), "moms": list(self.moms), "epoch_ends": self.epoch_ends,
+                "lrs": torch.tensor(self.lrs, dtype=torch.float64), "epoch_ends": self.epoch_ends,
+                "moms": torch.tensor(self.moms, dtype=torch.float64),
                 "sizes": list(self.sizes), "waiting": self.waiting[:len(self.sizes)]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.values, self.seconds = [list(v) for v in state["values"]], list(state["seconds"])
         self.losses, self.epoch_ends = array("f", state["losses"].tolist()), list(state["epoch_ends"])
-        self.lrs, self.moms = array("d", state["lrs"]), array("d", state["moms"])
+        self.lrs, self.moms = (array("d", state[k].tolist()) for k in ("lrs", "moms"))
         self.sizes = array("q", state["sizes"])
-        self.waiting[:len(self.sizes)] = state["waiting"].to(self.waiting.device)
+        self.waiting = torch.cat([state["waiting"].to(self.waiting.device), self.waiting])
 
     def plot_loss(self, skip_start: int = 5, with_valid: bool = True, **kwargs: Any) -> None:
         """Draw the training loss of every batch, smoothed as in `smooth`, and the validation loss of every
@@ -612,6 +588,98 @@ class ShowGraph(Callback):
             took = time.perf_counter() - start           # drawing shall cost at most a tenth of the time
             self.next = start + max(self.seconds, 10 * took)
 
+# %% ../nbs/05_learner.ipynb #6641570e
+def check_batch(pred: Any,                    # predictions [N, ...]
+                yb: Any,                      # targets: as predictions, or class numbers [N]
+                labels: Tensor | None = None, # all class numbers that there are; those of the batch if not given
+                ) -> None:
+    "ValueError for predictions and targets that a loss would broadcast, or labels without a score"
+    if not isinstance(pred, Tensor) or not isinstance(yb, Tensor) or pred.shape == yb.shape:
+        return
+    if (not pred.ndim or yb.is_floating_point() or yb.shape != pred.shape[:1] + pred.shape[2:]
+            or pred.shape[1] == 1):
+        raise ValueError(f"The predictions have the shape {list(pred.shape)} and the targets "
+                         f"{list(yb.shape)} ({str(yb.dtype)[6:]}), which a loss would broadcast or refuse. "
+                         "Give targets of the same shape, or class numbers [N] for scores [N, classes].")
+    labels = yb if labels is None else labels
+    labels = labels[labels != -100]           # cross-entropy's mark for "ignore this one"
+    low, high = (int(labels.min()), int(labels.max())) if labels.numel() else (0, 0)
+    if low < 0 or high >= pred.shape[1]:
+        raise ValueError(f"The labels go from {low} to {high}, but the model gives {pred.shape[1]} scores, for "
+                         f"the classes 0 to {pred.shape[1] - 1}; correct the labels or the model's last layer.")
+
+
+class BatchCheck(Callback):
+    "Looks at shapes and labels once a fit, before the first loss: some mistakes make no error, only bad models"
+    order = -20
+
+    def before_fit(self) -> None:
+        self.checked: set[bool] = set()
+
+    def after_train(self) -> None:
+        if self.learn.n_iter is None and not self.learn.recorder.sizes:
+            raise ValueError("The training loader gave no batch; give it at least one.")
+
+    def after_pred(self) -> None:
+        learn = self.learn
+        if learn.training not in self.checked:
+            self.checked.add(learn.training)
+            dl = learn.dls.train if learn.training else learn.dls.valid
+            data = getattr(dl, "dataset", None)
+            labels = data.tensors[-1] if isinstance(data, TensorDataset) else None
+            same = isinstance(learn.yb, Tensor) and labels is not None and labels.shape[1:] == learn.yb.shape[1:]
+            check_batch(learn.pred, learn.yb, labels if same else None)
+
+# %% ../nbs/05_learner.ipynb #38f8fe09
+def failing_layer(model: nn.Module, xb: Any) -> str | None:
+    "The layer at which the model breaks off on a batch, with the shape it got; None if there is no error"
+    inside: list[tuple[str, nn.Module, Any]] = []
+    hooks = [m.register_forward_pre_hook(lambda m, args, name=name: inside.append((name, m, args)))
+             for name, m in model.named_modules()]
+    hooks += [m.register_forward_hook(lambda *_: inside.pop() and None) for m in model.modules()]
+    try:
+        with torch.no_grad():
+            model(xb)
+        return None
+    except Exception as e:
+        name, module, args = inside[-1] if inside else ("", model, (xb,))
+        shapes = ", ".join(str(list(a.shape)) if isinstance(a, Tensor) else type(a).__name__ for a in args)
+        text = str(e).splitlines()[0] if str(e) else type(e).__name__
+        return f"{f'layer {name!r}, ' if name else ''}{type(module).__name__}, got {shapes}: {text}"
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@patch
+@contextmanager
+def _explained(self: Learner) -> Iterator[None]:
+    "Say where a fit broke off and why, and leave a learner that works"
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"Interrupted in {self._where()}. The learner keeps what it has learned; fit goes on from there.")
+        raise
+    except Exception as e:
+        if self.xb is not None and self.pred is None and not isinstance(e, torch.OutOfMemoryError):
+            if why := failing_layer(self.model, self.xb):
+                raise ValueError(f"The model cannot take this batch: {why}") from e
+        if self.pred is not None and self.loss is None:
+            check_batch(self.pred, self.yb)
+        if self.xb is not None and not isinstance(e, FloatingPointError):
+            e.add_note(f"It happened in {self._where()}; the learner can go on from there.")
+        raise
+    finally:
+        self.model.eval()
+        self.xb = self.yb = self.pred = self.loss = self._resumed = None  # memory of the last batch
+
+
+@patch
+def _where(self: Learner) -> str:
+    "Epoch and batch, for people"
+    part, total = ("training", self.n_iter) if self.training else ("validation", len_of(self.dls.valid))
+    return f"epoch {self.epoch}, {part} batch {self.iter}" + (f" of {total}" if total else "")
+
 # %% ../nbs/05_learner.ipynb #892a4807
 class TerminateOnNaN(Callback):
     """Ends a fit with FloatingPointError after an epoch with a loss that is nan or infinite, and puts model
@@ -623,7 +691,7 @@ class TerminateOnNaN(Callback):
 
     def after_epoch(self) -> None:
         learn, recorder = self.learn, self.learn.recorder
-        train_loss, valid_loss = recorder.values[-1][:2]
+        valid_loss, lr = recorder.values[-1][1], learn.opt.param_groups[0]["lr"]
         start = recorder.epoch_ends[-2] if len(recorder.epoch_ends) > 1 else 0
         bad = [i for i, v in enumerate(recorder.losses[start:]) if not math.isfinite(v)]
         if bad or (recorder.validated and not math.isfinite(valid_loss)):
@@ -634,213 +702,59 @@ class TerminateOnNaN(Callback):
             raise FloatingPointError(
                 f"The loss became {recorder.losses[start + bad[0]] if bad else valid_loss} in epoch "
                 f"{learn.epoch}, {where}. Model and optimiser are back at their state before this epoch. Try a "
-                f"smaller learning rate (it was {recorder.lrs[-1]:.3g}), and look for inputs that are no numbers.")
+                f"smaller learning rate (it was {lr:.3g}), and look for inputs that are no numbers.")
 
     def cleanup(self) -> None:
         self.good = None
 
-# %% ../nbs/05_learner.ipynb #a39ce368
-FORMAT = 1  # of checkpoint files; a course_lib that changes what stands in them counts up
-
-
-def _split(state: Any, tensors: dict[str, Tensor]) -> Any:
-    "`state` as JSON can hold it, its tensors moved to `tensors` and named there"
-    if isinstance(state, Tensor):
-        name = f"t{len(tensors)}"
-        tensors[name] = state.detach().cpu().clone(memory_format=torch.contiguous_format)
-        return {"tensor": name}
-    if isinstance(state, dict):
-        return {"dict": {str(k): _split(v, tensors) for k, v in state.items()}}
-    return [_split(v, tensors) for v in state] if isinstance(state, (list, tuple)) else state
-
-
-def _join(state: Any, tensors: dict[str, Tensor]) -> Any:
-    "What `_split` took apart; keys come back as strings, tuples as lists"
-    if isinstance(state, dict):
-        if "tensor" in state:
-            return tensors[state["tensor"]]
-        return {k: _join(v, tensors) for k, v in state["dict"].items()}
-    return [_join(v, tensors) for v in state] if isinstance(state, list) else state
-
-
-def write_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
-    """Write numbers, strings, lists, dicts and tensors to a safetensors file; the file that was there before
-    stays until the new one is complete"""
-    from safetensors.torch import save_file
-    path, tensors = Path(path), {}
-    text = json.dumps(_split({"format": FORMAT, **state}, tensors))
-    temporary = path.with_name(path.name + ".tmp")
+# %% ../nbs/05_learner.ipynb #dd0d7097
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients for the time of a `with`; then the modules' modes and the random
+    generators are what they were"""
+    modes, state = [(m, m.training) for m in model.modules()], random_state()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, temporary, metadata={"course_lib": text})
-        with open(temporary, "rb+") as f:
-            os.fsync(f.fileno())              # on the disk, before it takes the old one's name
-        os.replace(temporary, path)
-    except Exception as e:
-        temporary.unlink(missing_ok=True)
-        raise OSError(f"The checkpoint {path.name} could not be written ({e}); make room or choose another "
-                      "folder. An earlier one of this name is still there.") from e
+        with torch.no_grad():
+            model.eval()
+            yield
+    finally:
+        for m, mode in modes:
+            m.training = mode
+        set_random_state(state)
 
+# %% ../nbs/05_learner.ipynb #0cd09eab
+class ChannelsLast(Callback):
+    """Keeps a network's convolution weights with the channels last in memory where that is faster: on a CPU,
+    if a batch has more activations than half the weights. Results change in the last digits only"""
+    order = -30
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    "What `write_checkpoint` wrote; FileNotFoundError or ValueError in one sentence if that cannot be had"
-    from safetensors import SafetensorError, safe_open
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no checkpoint {path}; check the path, or train and save one first.")
-    try:
-        with safe_open(path, "pt") as f:
-            text = (f.metadata() or {}).get("course_lib")
-            tensors = {k: f.get_tensor(k).clone() for k in f.keys()}  # noqa: SIM118 (no dict)
-    except SafetensorError as e:
-        raise ValueError(f"{path.name} is no complete checkpoint ({e}): it is damaged or was cut off. Use an "
-                         "earlier one.") from None
-    if text is None:
-        raise ValueError(f"{path.name} holds tensors, but not from this library; load it with "
-                         "safetensors.torch.load_file.")
-    state = _join(json.loads(text), tensors)
-    if state["format"] > FORMAT:
-        raise ValueError(f"{path.name} has format {state['format']}, and this course_lib reads up to {FORMAT}; "
-                         "update course_lib.")
-    return state
+    def __init__(self) -> None:
+        self.decided = False
 
+    def before_fit(self) -> None:
+        learn = self.learn
+        convs = [m for m in learn.model.modules() if isinstance(m, nn.Conv2d)]
+        if not self.decided and convs and learn.device.type == "cpu" and all(m.weight.is_contiguous() for m in convs):
+            self._try(convs)
+        self.decided = True
 
-@patch
-def _state(self: Learner, with_opt: bool = True) -> dict[str, Any]:
-    state = {"model": self.model.state_dict()}
-    if with_opt and self.opt is not None:
-        state |= {"opt": self.opt.state_dict(), "opt_name": type(self.opt).__name__}
-    return state
-
-
-@patch
-def _load_state(self: Learner, state: dict[str, Any], source: str) -> None:
-    "Take over model and optimiser, or raise ValueError with nothing changed"
-    saved, own = state["model"], self.model.state_dict()
-    if saved.keys() != own.keys():
-        odd = sorted(saved.keys() ^ own.keys())
-        whose = "the file" if odd[0] in saved else "this model"
-        raise ValueError(f"{source} is of another model: only {whose} has {odd[0]!r}. Build the model that was "
-                         "saved.")
-    for k, v in own.items():
-        if v.shape != saved[k].shape:
-            raise ValueError(f"{source} is of another model: {k!r} has the shape {list(saved[k].shape)} there "
-                             f"and {list(v.shape)} here. Build the model that was saved.")
-    if "opt" in state:
-        opt = self.opt or self.opt_func(list(self.model.parameters()), lr=self.lr)
-        if type(opt).__name__ != state["opt_name"]:
-            raise ValueError(f"{source} holds the state of {state['opt_name']}, but this learner trains with "
-                             f"{type(opt).__name__}; take the same opt_func, or save with with_opt=False.")
-        opt.load_state_dict({**state["opt"], "state": {int(k): v for k, v in state["opt"]["state"].items()}})
-        self.opt = opt
-    self.model.load_state_dict(saved)
-
-
-def _with_suffix(path: str | Path) -> Path:
-    path = Path(path)
-    return path if path.suffix else path.with_suffix(".safetensors")
-
-
-@patch
-def save(self: Learner,
-         path: str | Path,                     # ".safetensors" is added if it has no ending
-         with_opt: bool = True) -> Path:       # with the optimiser's state
-    "Write the model to a file, which is returned; a crash leaves the old file or the new one, never half"
-    write_checkpoint(path := _with_suffix(path), self._state(with_opt))
-    return path
-
-
-@patch
-def load(self: Learner, path: str | Path) -> Learner:
-    """Take over model and optimiser from a file of `save` or `Checkpoint`; ValueError, with nothing changed,
-    if it does not fit"""
-    self._load_state(read_checkpoint(path := _with_suffix(path)), path.name)
-    return self
-
-
-class Checkpoint(Callback):
-    """Saves what a fit needs to go on exactly: model, optimiser, place in the epoch, random states, history
-
-    At the end of each epoch and after every `every_batches` training batches, always to the same file.
-    `fit(..., resume=path)` goes on from it."""
-    order = 90
-
-    def __init__(self, path: str | Path, every_batches: int | None = None):
-        if every_batches is not None and every_batches < 1:
-            raise ValueError(f"every_batches is {every_batches}; it has to be 1 or more, or None.")
-        self.path, self.every = _with_suffix(path), every_batches
-
-    def after_batch(self) -> None:
-        if self.learn.training and self.every and (self.learn.iter + 1) % self.every == 0:
-            self.write(self.learn.epoch, self.learn.iter + 1)
-
-    def after_epoch(self) -> None:
-        self.write(self.learn.epoch + 1, 0)
-
-    def write(self, epoch: int, batch: int) -> None:
-        "Save, to go on with this batch of this epoch"
-        learn, now = self.learn, self.learn._random_states()
-        place = {"epoch": epoch, "batch": batch, "now": now, "epoch_start": learn.epoch_start if batch else now}
-        write_checkpoint(self.path, {**learn._state(), "fit": {**learn._fit_key(), **place},
-                                     "cbs": {cb.name: cb.state_dict() for cb in learn.cbs}})
-
-
-@patch
-def _fit_key(self: Learner) -> dict[str, Any]:
-    "What has to be the same in a fit that is resumed"
-    return {"n_epoch": self.n_epoch, "batches an epoch": self.n_iter, "lr": self.fit_lr}
-
-
-@patch
-def _random_states(self: Learner) -> dict[str, Any]:
-    generator = getattr(self.dls.train, "generator", None)
-    return {"random": random_state(), "loader": None if generator is None else generator.get_state()}
-
-
-@patch
-def _set_random_states(self: Learner, states: dict[str, Any]) -> None:
-    set_random_state(states["random"])
-    if states["loader"] is not None:
-        self.dls.train.generator.set_state(states["loader"])
-
-
-@patch
-def _read_resume(self: Learner, path: str | Path | None) -> dict[str, Any] | None:
-    "Model, optimiser and place from a checkpoint; what else it holds comes when the fit is under way"
-    if path is None:
-        return None
-    if not (path := _with_suffix(path)).exists():
-        print(f"There is no {path.name} yet, so the fit starts at its beginning.")
-        return None
-    state = read_checkpoint(path)
-    if "fit" not in state:
-        raise ValueError(f"{path.name} was written by save, not by Checkpoint, so there is no fit to resume; "
-                         "use load.")
-    for what, here in self._fit_key().items():
-        if (there := state["fit"][what]) != here:
-            raise ValueError(f"{path.name} is of a fit with {what} = {there}, and here it is {here}; give the "
-                             "same to resume it, or use load and begin a new fit.")
-    self._load_state(state, path.name)
-    self.epoch = state["fit"]["epoch"]
-    return state
-
-
-@patch
-def _training_batches(self: Learner) -> Iterable[tuple[int, Any]]:
-    "The numbered batches of an epoch; in one that is resumed, those that are left"
-    dl = self.dls.train
-    if self._resumed is None:
-        self.epoch_start = self._random_states()
-        return enumerate(dl)
-    place, self._resumed = self._resumed["fit"], None
-    self.epoch_start, start = place["epoch_start"], place["batch"]
-    self._set_random_states(self.epoch_start)
-    batches = dl.batches(start) if hasattr(dl, "batches") else iter(dl)
-    for _ in range(0 if hasattr(dl, "batches") else start):
-        next(batches)
-    if start:
-        self._set_random_states(place["now"])
-    return enumerate(batches, start)
+    def _try(self, convs: list[nn.Conv2d]) -> None:
+        model, sizes = self.learn.model, []
+        hooks = [m.register_forward_hook(lambda m, i, o: sizes.append(o.numel())) for m in convs]
+        try:
+            model.to(memory_format=torch.channels_last)
+            with evaluating(model):
+                model(self.learn.dls.one_batch()[0])
+            pays = sum(sizes) > sum(m.weight.numel() for m in convs) / 2
+        except Exception:        # such as a `view` that works for channels first only
+            pays = False
+        finally:
+            for hook in hooks:
+                hook.remove()
+        model.to(memory_format=torch.channels_last if pays else torch.contiguous_format)
+        for p, state in self.learn.opt.state.items():  # of a fit that is resumed
+            state |= {k: torch.empty_like(p).copy_(v) for k, v in state.items()
+                      if isinstance(v, Tensor) and v.shape == p.shape}
 
 # %% ../nbs/05_learner.ipynb #07f95999
 class Hook:
@@ -880,19 +794,6 @@ class Hooks:
     def __enter__(self) -> "Hooks": return self
 
     def __exit__(self, *_: Any) -> None: self.remove()
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    "Evaluation mode without gradients for the time of a `with`; then each module's mode is what it was"
-    modes = [(m, m.training) for m in model.modules()]
-    try:
-        with torch.no_grad():
-            model.eval()
-            yield
-    finally:
-        for m, mode in modes:
-            m.training = mode
 
 # %% ../nbs/05_learner.ipynb #a1948ac3
 @dataclass
@@ -1117,6 +1018,160 @@ class ClassificationInterpretation:
         counts = self.confusion_matrix().fill_diagonal_(0)
         pairs = [(self.names[i], self.names[j], int(counts[i, j])) for i, j in (counts >= max(1, min_val)).nonzero()]
         return sorted(pairs, key=lambda p: -p[2])
+
+# %% ../nbs/05_learner.ipynb #86b3f6b4
+FORMAT = 1  # of checkpoint files; a course_lib that changes what stands in them counts up
+
+
+def _split(state: Any, tensors: dict[str, Tensor]) -> Any:
+    "`state` as JSON can hold it, its tensors moved to `tensors` and named there"
+    if isinstance(state, Tensor):
+        name = f"t{len(tensors)}"
+        tensors[name] = state.detach().cpu().clone(memory_format=torch.contiguous_format)
+        return {"tensor": name}
+    if isinstance(state, dict):
+        return {"dict": {str(k): _split(v, tensors) for k, v in state.items()}}
+    return [_split(v, tensors) for v in state] if isinstance(state, (list, tuple)) else state
+
+
+def _join(state: Any, tensors: dict[str, Tensor]) -> Any:
+    "What `_split` took apart; keys come back as strings, tuples as lists"
+    if isinstance(state, dict):
+        if "tensor" in state:
+            return tensors[state["tensor"]]
+        return {k: _join(v, tensors) for k, v in state["dict"].items()}
+    return [_join(v, tensors) for v in state] if isinstance(state, list) else state
+
+
+def write_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
+    """Write numbers, strings, lists, dicts and tensors to a safetensors file; the file that was there before
+    stays until the new one is complete"""
+    from safetensors.torch import save_file
+    path, tensors = Path(path), {}
+    about = {"course_lib": json.dumps(_split(state, tensors)), "course_lib_format": str(FORMAT)}
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, temporary, metadata=about)
+        with open(temporary, "rb+") as f:
+            os.fsync(f.fileno())              # on the disk, before it takes the old one's name
+        os.replace(temporary, path)
+    except Exception as e:
+        with suppress(OSError):
+            temporary.unlink()
+        raise OSError(f"The checkpoint {path.name} could not be written ({e}); make room or choose another "
+                      "folder. An earlier one of this name is still there.") from e
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    "What `write_checkpoint` wrote; FileNotFoundError or ValueError in one sentence if that cannot be had"
+    from safetensors import SafetensorError, safe_open
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no checkpoint {path}; check the path, or train and save one first.")
+    try:
+        with safe_open(path, "pt") as f:
+            about = f.metadata() or {}
+            tensors = {k: f.get_tensor(k).clone() for k in f.keys()}  # noqa: SIM118 (no dict)
+        version = int(about.get("course_lib_format", 0))
+        state = _join(json.loads(about["course_lib"]), tensors) if 0 < version <= FORMAT else None
+    except (SafetensorError, KeyError, TypeError, ValueError) as e:
+        raise ValueError(f"{path.name} is no complete checkpoint ({e}): it is damaged or was cut off. Use an "
+                         "earlier one.") from None
+    if not version:
+        raise ValueError(f"{path.name} holds tensors, but not from this library; load it with "
+                         "safetensors.torch.load_file.")
+    if version > FORMAT:
+        raise ValueError(f"{path.name} has format {version}, and this course_lib reads up to {FORMAT}; "
+                         "update course_lib.")
+    return state
+
+# %% ../nbs/05_learner.ipynb #631da1fb
+def _class_name(x: Any) -> str:
+    "With its module, for PyTorch and this library have classes of the same name"
+    return f"{type(x).__module__}.{type(x).__qualname__}"
+
+
+@patch
+def _state(self: Learner, with_opt: bool = True) -> dict[str, Any]:
+    state = {"model": self.model.state_dict()}
+    if with_opt and self.opt is not None:
+        state |= {"opt": self.opt.state_dict(), "opt_name": _class_name(self.opt)}
+    return state
+
+
+@patch
+def _load_state(self: Learner, state: dict[str, Any], source: str) -> None:
+    "Take over model and optimiser, or raise ValueError with nothing changed"
+    saved, own = state["model"], self.model.state_dict()
+    if saved.keys() != own.keys():
+        odd = sorted(saved.keys() ^ own.keys())
+        whose = "the file" if odd[0] in saved else "this model"
+        raise ValueError(f"{source} is of another model: only {whose} has {odd[0]!r}. Build the model that was "
+                         "saved.")
+    for k, v in own.items():
+        if v.shape != saved[k].shape:
+            raise ValueError(f"{source} is of another model: {k!r} has the shape {list(saved[k].shape)} there "
+                             f"and {list(v.shape)} here. Build the model that was saved.")
+    if "opt" in state:
+        opt = self.opt or self.opt_func(list(self.model.parameters()), lr=self.lr)
+        if _class_name(opt) != state["opt_name"]:
+            raise ValueError(f"{source} holds the state of {state['opt_name']}, but this learner trains with "
+                             f"{_class_name(opt)}; take the same opt_func, or save with with_opt=False.")
+        opt.load_state_dict({**state["opt"], "state": {int(k): v for k, v in state["opt"]["state"].items()}})
+        self.opt = opt
+    self.model.load_state_dict(saved)
+
+
+def _with_suffix(path: str | Path) -> Path:
+    path = Path(path)
+    return path if path.suffix else path.with_suffix(".safetensors")
+
+
+@patch
+def save(self: Learner,
+         path: str | Path,                     # ".safetensors" is added if it has no ending
+         with_opt: bool = True) -> Path:       # with the optimiser's state
+    "Write the model to a file, which is returned; a crash leaves the old file or the new one, never half"
+    write_checkpoint(path := _with_suffix(path), self._state(with_opt))
+    return path
+
+
+@patch
+def load(self: Learner, path: str | Path) -> Learner:
+    """Take over model and optimiser from a file of `save` or `Checkpoint`; ValueError, with nothing changed,
+    if it does not fit"""
+    self._load_state(read_checkpoint(path := _with_suffix(path)), path.name)
+    return self
+
+# %% ../nbs/05_learner.ipynb #11fd2eba
+class Checkpoint(Callback):
+    """Saves what a fit needs to go on exactly: model, optimiser, place in the epoch, random states, history
+
+    At the end of each epoch and after every `every_batches` training batches, always to the same file.
+    `fit(..., resume=path)` goes on from it."""
+    order = 90
+
+    def __init__(self, path: str | Path, every_batches: int | None = None):
+        if every_batches is not None and every_batches < 1:
+            raise ValueError(f"every_batches is {every_batches}; it has to be 1 or more, or None.")
+        self.path, self.every = _with_suffix(path), every_batches
+
+    def after_batch(self) -> None:
+        if self.learn.training and self.every and (self.learn.iter + 1) % self.every == 0:
+            self.write(self.learn.epoch, self.learn.iter + 1)
+
+    def after_epoch(self) -> None:
+        self.write(self.learn.epoch + 1, 0)
+
+    def write(self, epoch: int, batch: int) -> None:
+        "Save, to go on with this batch of this epoch"
+        learn, now = self.learn, self.learn._random_states()
+        if not all(p.isfinite().all() for p in learn.model.parameters()):
+            return                            # nobody wants to go on from nan: the last good file stays
+        place = {"epoch": epoch, "batch": batch, "now": now, "epoch_start": learn.epoch_start if batch else now}
+        write_checkpoint(self.path, {**learn._state(), "fit": {**learn._fit_key(), **place},
+                                     "cbs": {cb.name: cb.state_dict() for cb in learn.cbs}})
 
 # %% ../nbs/05_learner.ipynb #e6a207f3
 def vision_learner(dls: DataLoaders,
