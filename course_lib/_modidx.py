@@ -363,6 +363,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'course_lib.run._venv_python': ('appendix/run.html#_venv_python', 'course_lib/run.py'),
                                 'course_lib.run._versions': ('appendix/run.html#_versions', 'course_lib/run.py'),
                                 'course_lib.run._workers': ('appendix/run.html#_workers', 'course_lib/run.py'),
+                                'course_lib.run.add_peers': ('appendix/run.html#add_peers', 'course_lib/run.py'),
                                 'course_lib.run.bench': ('appendix/run.html#bench', 'course_lib/run.py'),
                                 'course_lib.run.checks': ('appendix/run.html#checks', 'course_lib/run.py'),
                                 'course_lib.run.clean': ('appendix/run.html#clean', 'course_lib/run.py'),

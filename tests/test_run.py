@@ -43,6 +43,34 @@ def test_environment_is_rebuilt_when_its_recipe_changed(tmp_path, monkeypatch):
     assert len(calls) == 4 and calls[2][-2:] == ["-i", "https://example.org/cpu"]
 
 
+def test_peers_are_installed_into_the_courses_own_environment_only(tmp_path, monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr(run, "_pip", lambda python, args: calls.append(args))
+    monkeypatch.setattr(run, "PEERS", ("json",))
+    run.add_peers()
+    assert not calls and not capsys.readouterr().out                   # nothing to do
+    monkeypatch.setattr(run, "PEERS", ("json", "no_such_package"))
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    run.add_peers()
+    assert not calls and "pip install -e '.[bench]'" in capsys.readouterr().out
+    monkeypatch.setattr(run.sys, "prefix", str(tmp_path / ".venv"))
+    run.add_peers()
+    assert calls == [["-e", ".[bench]", "-c", "constraints.txt"]]
+
+
+def test_a_benchmark_gets_its_options(tmp_path, monkeypatch):
+    calls = []
+    (tmp_path / "benchmarks").mkdir()
+    for name in ("common", "one", "two"):
+        (tmp_path / "benchmarks" / f"{name}.py").touch()
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    monkeypatch.setattr(run.subprocess, "run", lambda command, **kw: calls.append(command[1:]) or subprocess.CompletedProcess(command, 3))
+    assert run.bench(["two", "--bs", "64", "512"]) == 3 and run.bench([]) == 3
+    assert [[run.Path(c[0]).stem, *c[1:]] for c in calls] == [["two", "--bs", "64", "512"], ["one"], ["two"]]
+    with pytest.raises(SystemExit, match="There is no benchmark three"):
+        run.bench(["three"])
+
+
 def test_failed_install_is_one_sentence_and_tried_again(tmp_path, capfd):
     with pytest.raises(SystemExit, match="^pip could not install the packages"):
         run._pip(run.Path(sys.executable), ["--no-index", "a-package-that-is-nowhere"])
