@@ -117,13 +117,13 @@ class Learner:
 
     def fit(self,
             n_epoch: int,
-            lr: float | None = None,                   # the Learner's if not given
+            lr: float | None = None,                   # the Learner's, or that of each group, if not given
             schedule: Callable[[float], dict] | None = None,  # progress (0 to 1) -> hyper-parameters
             cbs: Any = (),                             # callbacks for this fit only
             resume: str | Path | None = None) -> None: # a file of `Checkpoint` to go on from, once it exists
         "Train for `n_epoch` epochs and validate after each; a further fit goes on where this one ends"
         self.n_epoch, self.epoch, self.n_iter = n_epoch, 0, len_of(self.dls.train)
-        self.schedule, self.fit_lr = schedule, self.lr if lr is None else lr
+        self.schedule, self.fit_lr = schedule, lr
         self._check_fit()
         with ExitStack() as at_end:
             at_end.enter_context(self._optimizer())
@@ -212,8 +212,9 @@ def _check_fit(self: Learner) -> None:
     "ValueError for arguments of `fit` that make no sense"
     if not isinstance(self.n_epoch, int) or self.n_epoch < 0:
         raise ValueError(f"n_epoch is {self.n_epoch!r}; it has to be a whole number, 0 or more.")
-    if not 0 <= self.fit_lr < math.inf:
-        raise ValueError(f"lr is {self.fit_lr!r}; a learning rate is a number >= 0.")
+    lr = self.lr if self.fit_lr is None else self.fit_lr
+    if not 0 <= lr < math.inf:
+        raise ValueError(f"lr is {lr!r}; a learning rate is a number >= 0.")
     for name, dl in (("training", self.dls.train), ("validation", self.dls.valid)):
         if len_of(dl) == 0:
             raise ValueError(f"The {name} loader is empty; give it at least one batch.")
@@ -259,7 +260,10 @@ def _optimizer(self: Learner) -> Iterator[None]:
         self.opt = self.opt_func(params, lr=self.lr)
     before = [{k: v for k, v in g.items() if k != "params"} for g in self.opt.param_groups]
     try:
-        self.set_hypers(lr=self.fit_lr)
+        if self.fit_lr is not None:
+            self.set_hypers(lr=self.fit_lr)
+        elif len(before) == 1:                # several groups keep rates of their own
+            self.set_hypers(lr=self.lr)
         yield
     finally:
         self.opt.zero_grad()
