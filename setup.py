@@ -22,5 +22,5 @@ setup(
     packages=["course_lib"],
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={"lab": lab, "dev": lab + cfg["dev_requirements"].split()},
+    extras_require={"lab": lab, "dev": lab + cfg["dev_requirements"].split(), "bench": cfg["bench_requirements"].split()},
 )

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from common import environment, print_table
+from common import environment, print_table, small_cnn
 from course_lib.datasets import mnist
 from course_lib.drawn import STEADY, VARIED, Hand, digits, draw_digits
 
@@ -50,13 +50,6 @@ PARTS = [Setting("the default", 3),
              "pen of one width": {"pen": 0., "pressure": 0.},
              "no noise in the place": {"shift": 0.}}.items()],
          Setting("variation 1, same pictures every epoch", 3, VARIED)]
-
-
-def small_cnn() -> nn.Sequential:
-    "Five stride-2 convolutions with batchnorm, 1 -> 8 (5x5) -> 16 -> 32 -> 64 -> 10; 30,542 parameters; [N, 1, 28, 28] -> [N, 10]"
-    def conv(ni: int, nf: int, ks: int = 3) -> list[nn.Module]:
-        return [nn.Conv2d(ni, nf, ks, stride=2, padding=ks // 2), nn.BatchNorm2d(nf), nn.ReLU()]
-    return nn.Sequential(*conv(1, 8, 5), *conv(8, 16), *conv(16, 32), *conv(32, 64), *conv(64, 10)[:-1], nn.Flatten())
 
 
 def to_float(x: torch.Tensor) -> torch.Tensor:
