@@ -17,6 +17,7 @@ import os
 import sys
 import time
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -63,10 +64,11 @@ class Callback:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        for name in vars(cls).keys() - set(EVENTS):
-            close = difflib.get_close_matches(name, EVENTS, 1, .85)
+        known = [*EVENTS, "cleanup"]
+        for name in (n for n in vars(cls) if n not in known and not n.startswith("_")):
+            close = difflib.get_close_matches(name, known, 1, .85)
             if close or name.startswith(("before_", "after_")):
-                close = close or difflib.get_close_matches(name, EVENTS, 1, 0)
+                close = close or difflib.get_close_matches(name, known, 1, 0)
                 raise AttributeError(f"{cls.__name__}.{name} would never be called, for there is no event of "
                                      f"that name; did you mean {close[0]}?")
 
@@ -142,9 +144,9 @@ class Learner:
             self._with_events("epoch", self._epoch, CancelEpochException)
 
     def _epoch(self) -> None:
-        self.model.train()
+        self.iter, _ = 0, self.model.train()
         self._with_events("train", self._train, CancelTrainException)
-        self.model.eval()
+        self.iter, _ = 0, self.model.eval()
         self._with_events("validate", self._validate, CancelValidException)
 
     def _train(self) -> None:
@@ -267,7 +269,7 @@ def _optimizer(self: Learner) -> Iterator[None]:
         yield
     finally:
         self.opt.zero_grad()
-        for group, settings in zip(self.opt.param_groups, before, strict=True):
+        for group, settings in zip(self.opt.param_groups, before, strict=False):  # a callback may add groups
             group.update(settings)
 
 # %% ../nbs/05_learner.ipynb #b521834a
@@ -443,6 +445,7 @@ class Recorder(Callback):
 
     Losses wait on the device for the end of the epoch; only then are they copied."""
     order = 50
+    sizes: Sequence[int] = ()
 
     def before_fit(self) -> None:
         learn = self.learn
@@ -482,6 +485,11 @@ class Recorder(Callback):
         self.sizes = array("q")
         self.validated = self.valid.n         # items in the last validation
         self.valid.reset()
+
+    def cleanup(self) -> None:
+        if len(self.sizes):                   # the fit ended within an epoch
+            self.losses.extend(self.waiting[:len(self.sizes)].tolist())
+            self.sizes = array("q")
 
     def state_dict(self) -> dict[str, Any]:
         return {"values": self.values, "seconds": self.seconds, "losses": torch.tensor(self.losses),
@@ -620,9 +628,20 @@ class BatchCheck(Callback):
     def before_fit(self) -> None:
         self.checked: set[bool] = set()
 
+    def before_train(self) -> None: self.empty = self.learn._resumed is None  # else no batch may be left
+
+    def before_validate(self) -> None: self.empty = True
+
+    def before_batch(self) -> None: self.empty = False
+
+    after_cancel_train = after_cancel_validate = before_batch
+
     def after_train(self) -> None:
-        if self.learn.n_iter is None and not self.learn.recorder.sizes:
-            raise ValueError("The training loader gave no batch; give it at least one.")
+        if self.empty:
+            part = "training" if self.learn.training else "validation"
+            raise ValueError(f"The {part} loader gave no batch; give it at least one.")
+
+    after_validate = after_train
 
     def after_pred(self) -> None:
         learn = self.learn
@@ -641,6 +660,7 @@ def failing_layer(model: nn.Module, xb: Any) -> str | None:
     hooks = [m.register_forward_pre_hook(lambda m, args, name=name: inside.append((name, m, args)))
              for name, m in model.named_modules()]
     hooks += [m.register_forward_hook(lambda *_: inside.pop() and None) for m in model.modules()]
+    buffers, state = [(b, b.clone()) for b in model.buffers()], random_state()
     try:
         with torch.no_grad():
             model(xb)
@@ -653,6 +673,9 @@ def failing_layer(model: nn.Module, xb: Any) -> str | None:
     finally:
         for hook in hooks:
             hook.remove()
+        for b, before in buffers:             # of batch norm, say
+            b.copy_(before)
+        set_random_state(state)
 
 
 @patch
@@ -676,6 +699,7 @@ def _explained(self: Learner) -> Iterator[None]:
     finally:
         self.model.eval()
         self.xb = self.yb = self.pred = self.loss = self._resumed = None  # memory of the last batch
+        self._listeners = {}
 
 
 @patch
@@ -839,20 +863,33 @@ def summary(self: Learner) -> Summary:
     the model, which is left as it was"""
     from torch.utils.flop_counter import FlopCounterMode
     xb = to_device(self.dls.one_batch()[0], self.device)
-    n, kind, rows, seen = len(xb), type(self.model).__name__, [], set()
-    leaves = {name: m for name, m in self.model.named_modules()
-              if not any(m.children()) or any(True for _ in m.parameters(recurse=False))}
-    counter = FlopCounterMode(display=False)
-    with evaluating(self.model), Hooks(leaves.values(), lambda m, i, o: shapes_of(o)) as hooks, counter:
+    shapes, macs, rows, seen, counter = {}, Counter(), [], set(), FlopCounterMode(display=False)
+    inside = [[0, 0]]                         # of each module that is at work: count at its start, count of its parts
+
+    def enter(module: nn.Module, args: Any) -> None:
+        inside.append([counter.get_total_flops(), 0])
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        start, parts = inside.pop()
+        count = counter.get_total_flops() - start
+        inside[-1][1] += count
+        macs[module] += count - parts
+        shapes[module] = shapes_of(output)
+
+    with ExitStack() as at_end:
+        for m in self.model.modules():
+            at_end.callback(m.register_forward_pre_hook(enter).remove)
+            at_end.enter_context(Hook(m, leave))
+        at_end.enter_context(evaluating(self.model))
+        at_end.enter_context(counter)
         self.model(xb)
-    flops = counter.get_flop_counts()
-    for (name, module), shape in zip(leaves.items(), hooks.stored, strict=True):
+    for name, module in self.model.named_modules():
         own = [p for p in module.parameters(recurse=False) if id(p) not in seen]
         seen |= {id(p) for p in own}
-        count = sum(flops.get(f"{kind}.{name}" if name else kind, {}).values()) if not any(module.children()) else 0
-        rows.append({"name": name, "kind": type(module).__name__, "shape": shape, "macs": count // 2 // n,
-                     "params": sum(p.numel() for p in own),
-                     "trainable": sum(p.numel() for p in own if p.requires_grad)})
+        if own or macs[module] or not any(module.children()):
+            rows.append({"name": name, "kind": type(module).__name__, "shape": shapes.get(module, "not used"),
+                         "params": sum(p.numel() for p in own), "macs": macs[module] // 2 // len(xb),
+                         "trainable": sum(p.numel() for p in own if p.requires_grad)})
     found = Summary(list(xb.shape), rows, [])
     found.notes = [f"{found.trainable:,} of {found.params:,} parameters are trainable",
                    f"loss: {_metric_name(self.loss_func)}; optimiser: {_metric_name(self.opt_func)}; callbacks: "
@@ -868,10 +905,22 @@ def shapes_of(output: Any) -> Any:
 
 # %% ../nbs/05_learner.ipynb #a6d1c74d
 @patch
+@contextmanager
+def _looking(self: Learner) -> Iterator[None]:
+    "`evaluating` the model; the training loader's next order stays what it was, too"
+    states = self._random_states()
+    try:
+        with evaluating(self.model):
+            yield
+    finally:
+        self._set_random_states(states)
+
+
+@patch
 def validate(self: Learner, dl: Iterable | None = None) -> list[float]:
     "Loss and metrics over a loader, the validation set if not given; no callback hears of it"
     averages = Averages(self.metrics)
-    with evaluating(self.model):
+    with self._looking():
         for batch in self.dls.valid if dl is None else dl:
             xb, yb = to_device(tuple(batch), self.device)
             pred = self.model(xb)
@@ -887,7 +936,8 @@ def activation_of(loss_func: Callable) -> Callable[[Tensor], Tensor]:
         return own
     if "binarycrossentropywithlogits" in name or name in ("bcewithlogitsloss", "mnistloss"):
         return torch.sigmoid
-    return partial(torch.softmax, dim=1) if "crossentropy" in name else lambda scores: scores
+    softmax = "crossentropy" in name and "binary" not in name
+    return partial(torch.softmax, dim=1) if softmax else lambda scores: scores
 
 
 @patch
@@ -897,7 +947,7 @@ def get_preds(self: Learner,
               ) -> tuple[Tensor, Tensor]:
     "Predictions and targets of all items of a loader, on the CPU, in the loader's order"
     act, preds, targets = act or activation_of(self.loss_func), [], []
-    with evaluating(self.model):
+    with self._looking():
         for batch in self.dls.valid if dl is None else dl:
             xb, yb = to_device(tuple(batch), self.device)
             preds.append(act(self.model(xb)))
@@ -912,16 +962,23 @@ def predict(self: Learner,
             item: Any,                             # a picture (PIL or uint8 tensor), or one item of a batch's inputs
             ) -> tuple[str, Tensor, Tensor]:
     "Class name, class number and predictions [classes] for one picture"
-    want = list(self.dls.one_batch()[0].shape[1:])
+    like = self.dls.one_batch()[0]
+    want = list(like.shape[1:])
     if isinstance(item, Image.Image):
         item = image2tensor(item.convert("L" if want[0] == 1 else "RGB"))
+    if not isinstance(item, Tensor):
+        raise ValueError(f"predict takes a picture or a tensor, but got a {type(item).__name__}; open a file with "
+                         "PIL's Image.open.")
     x = item if item.ndim == len(want) else item[None]                # [H, W] -> [1, H, W]
     if list(x.shape) != want:
         raise ValueError(f"predict takes an item of the shape {want}, as in the batches, but got "
                          f"{list(item.shape)}; resize the picture first.")
     transform = getattr(self.dls.valid, "transform", None)
     x = x[None].to(self.device)
-    if transform is not None and x.dtype == torch.uint8:
+    if x.dtype == torch.uint8 != like.dtype:
+        if transform is None:
+            raise ValueError("predict got bytes, but the batches are float, and no transform of the validation loader "
+                             "says how bytes become that; give the item as it is in the batches.")
         x = transform(x)
     with evaluating(self.model):
         probs = activation_of(self.loss_func)(self.model(x))[0].cpu()
@@ -954,7 +1011,8 @@ def _decode(dl: Iterable) -> Callable[[Tensor], Tensor]:
 @patch
 def show_results(self: Learner, max_n: int = 9) -> None:
     "Show the first pictures of the validation set with their true and their predicted class"
-    batch, names = [first(self.dls.valid)], self.dls.classes
+    with self._looking():
+        batch, names = [first(self.dls.valid)], self.dls.classes
     guessed, true = _class_numbers(*self.get_preds(batch))
     titles = [f"{names[t]}, read {names[g]}{'' if t == g else ' ✗'}"
               for t, g in zip(true[:max_n], guessed[:max_n], strict=True)]
@@ -991,7 +1049,9 @@ class ClassificationInterpretation:
         losses, places = self.top_losses(k)
         titles = [f"{self.names[self.true[i]]}, read {self.names[self.guessed[i]]}\nloss {v:.2f}"
                   for v, i in zip(losses, places, strict=True)]
-        fig = show_images(_pictures(self.dl, places.tolist(), _decode(self.dl)), titles=titles, imsize=1.4, vmin=0, vmax=1)
+        with self.learn._looking():
+            pictures = _pictures(self.dl, places.tolist(), _decode(self.dl))
+        fig = show_images(pictures, titles=titles, imsize=1.4, vmin=0, vmax=1)
         show_figure(fig, alt=f"The {len(titles)} pictures with the highest loss: "
                              f"{'; '.join(t.replace(chr(10), ', ') for t in titles)}.",
                     caption="The most wrong pictures: true class, the class that the model reads, loss.")
@@ -1006,7 +1066,7 @@ class ClassificationInterpretation:
         counts = self.confusion_matrix()
         shade, c = counts.float().fill_diagonal_(0), len(counts)
         fig, ax = subplots(figsize=(max(3, .45 * c + 1), max(2.8, .42 * c + .9)))
-        ax.imshow(shade, cmap="Oranges")
+        ax.imshow(shade.numpy(), cmap="Oranges")
         for i in range(c):
             for j in range(c):
                 dark = shade[i, j] > .6 * shade.max() > 0
