@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['EVENTS', 'default_opt', 'FORMAT', 'CancelException', 'CancelBatchException', 'CancelTrainException',
            'CancelValidException', 'CancelEpochException', 'CancelFitException', 'Callback', 'Learner', 'len_of',
-           'accuracy', 'error_rate', 'Averages', 'n_items', 'Recorder', 'smooth', 'Progress', 'ShowGraph',
+           'not_empty', 'accuracy', 'error_rate', 'Averages', 'n_items', 'Recorder', 'smooth', 'Progress', 'ShowGraph',
            'check_batch', 'BatchCheck', 'failing_layer', 'TerminateOnNaN', 'evaluating', 'ChannelsLast', 'Hook',
            'Hooks', 'Summary', 'shapes_of', 'activation_of', 'ClassificationInterpretation', 'write_checkpoint',
            'read_checkpoint', 'Checkpoint', 'vision_learner']
@@ -144,9 +144,11 @@ class Learner:
             self._with_events("epoch", self._epoch, CancelEpochException)
 
     def _epoch(self) -> None:
-        self.iter, _ = 0, self.model.train()
+        self.iter = 0
+        self.model.train()
         self._with_events("train", self._train, CancelTrainException)
-        self.iter, _ = 0, self.model.eval()
+        self.iter = 0
+        self.model.eval()
         self._with_events("validate", self._validate, CancelValidException)
 
     def _train(self) -> None:
@@ -164,7 +166,7 @@ class Learner:
 
     @torch.no_grad()
     def _validate(self) -> None:
-        for self.iter, batch in enumerate(self.dls.valid):
+        for self.iter, batch in enumerate(not_empty(self.dls.valid, "validation")):
             self._set_batch(batch)
             self._with_events("batch", self._forward, CancelBatchException)
 
@@ -200,6 +202,15 @@ def len_of(dl: Iterable) -> int | None:
         return None
 
 
+def not_empty(dl: Iterable, name: str) -> Iterator:
+    "The batches of a loader; ValueError if there is none"
+    batch = None
+    for batch in dl:
+        yield batch
+    if batch is None:
+        raise ValueError(f"The {name} loader gave no batch; give it at least one.")
+
+
 @patch(as_prop=True)
 def pct_train(self: Learner) -> float:
     "Progress of the fit: 0 at its first training batch, 1 at its last"
@@ -217,9 +228,6 @@ def _check_fit(self: Learner) -> None:
     lr = self.lr if self.fit_lr is None else self.fit_lr
     if not 0 <= lr < math.inf:
         raise ValueError(f"lr is {lr!r}; a learning rate is a number >= 0.")
-    for name, dl in (("training", self.dls.train), ("validation", self.dls.valid)):
-        if len_of(dl) == 0:
-            raise ValueError(f"The {name} loader is empty; give it at least one batch.")
 
 
 @patch
@@ -372,7 +380,7 @@ def _training_batches(self: Learner) -> Iterable[tuple[int, Any]]:
     start = resumed["fit"]["batch"] if resumed else 0
     if not start:
         self.epoch_start = self._random_states()
-        return enumerate(dl)
+        return enumerate(not_empty(dl, "training"))
     self.epoch_start = resumed["fit"]["epoch_start"]
     self._set_random_states(self.epoch_start)          # the same order again
     batches = dl.batches(start) if hasattr(dl, "batches") else iter(dl)
@@ -434,7 +442,7 @@ def n_items(yb: Any) -> int:
     return len(yb) if isinstance(yb, Tensor) and yb.ndim else 1
 
 
-def _metric_name(metric: Callable) -> str:
+def _name_of(metric: Callable) -> str:
     while isinstance(metric, partial):
         metric = metric.func
     return getattr(metric, "__name__", type(metric).__name__)
@@ -449,7 +457,7 @@ class Recorder(Callback):
 
     def before_fit(self) -> None:
         learn = self.learn
-        self.metric_names = ["epoch", "train_loss", "valid_loss", *map(_metric_name, learn.metrics), "time"]
+        self.metric_names = ["epoch", "train_loss", "valid_loss", *map(_name_of, learn.metrics), "time"]
         self.values: list[list[float]] = []   # an epoch: training loss, validation loss, metrics
         self.seconds: list[float] = []        # an epoch took
         self.losses = array("f")              # a training batch: its loss,
@@ -628,21 +636,6 @@ class BatchCheck(Callback):
     def before_fit(self) -> None:
         self.checked: set[bool] = set()
 
-    def before_train(self) -> None: self.empty = self.learn._resumed is None  # else no batch may be left
-
-    def before_validate(self) -> None: self.empty = True
-
-    def before_batch(self) -> None: self.empty = False
-
-    after_cancel_train = after_cancel_validate = before_batch
-
-    def after_train(self) -> None:
-        if self.empty:
-            part = "training" if self.learn.training else "validation"
-            raise ValueError(f"The {part} loader gave no batch; give it at least one.")
-
-    after_validate = after_train
-
     def after_pred(self) -> None:
         learn = self.learn
         if learn.training not in self.checked:
@@ -713,6 +706,7 @@ class TerminateOnNaN(Callback):
     """Ends a fit with FloatingPointError after an epoch with a loss that is nan or infinite, and puts model
     and optimiser back to where they were before that epoch"""
     order = 51
+    name = "terminate_on_nan"
 
     def before_epoch(self) -> None:
         self.good = copy.deepcopy((self.learn.model.state_dict(), self.learn.opt.state_dict()))
@@ -892,7 +886,7 @@ def summary(self: Learner) -> Summary:
                          "trainable": sum(p.numel() for p in own if p.requires_grad)})
     found = Summary(list(xb.shape), rows, [])
     found.notes = [f"{found.trainable:,} of {found.params:,} parameters are trainable",
-                   f"loss: {_metric_name(self.loss_func)}; optimiser: {_metric_name(self.opt_func)}; callbacks: "
+                   f"loss: {_name_of(self.loss_func)}; optimiser: {_name_of(self.opt_func)}; callbacks: "
                    + ", ".join(type(cb).__name__ for cb in self.cbs)]
     return found
 
@@ -931,7 +925,7 @@ def validate(self: Learner, dl: Iterable | None = None) -> list[float]:
 def activation_of(loss_func: Callable) -> Callable[[Tensor], Tensor]:
     """What makes probabilities of a model's scores: softmax for cross-entropy, sigmoid for binary losses, the
     loss's own `activation` if it has one; else scores stay as they are"""
-    name = _metric_name(loss_func).lower().replace("_", "")
+    name = _name_of(loss_func).lower().replace("_", "")
     if callable(own := getattr(loss_func, "activation", None)):
         return own
     if "binarycrossentropywithlogits" in name or name in ("bcewithlogitsloss", "mnistloss"):
@@ -1256,7 +1250,7 @@ def vision_learner(dls: DataLoaders,
     convs = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Conv2d)]
     linears = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
     if not convs or not linears:
-        raise ValueError(f"{_metric_name(arch)} has no convolution or no linear layer to fit to the data; build the "
+        raise ValueError(f"{_name_of(arch)} has no convolution or no linear layer to fit to the data; build the "
                          "model yourself and give it to Learner.")
     (name, conv), (last_name, last) = convs[0], linears[-1]
     if conv.in_channels != n_in:
