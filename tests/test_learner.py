@@ -1083,14 +1083,14 @@ def test_a_learner_without_callbacks_trains():
     same(dict(learn.model.state_dict()), dict(other.model.state_dict()))
 
 
-@pytest.mark.parametrize("cb", ["batch_check", "recorder", "terminate_on_na_n", "progress", "channels_last"])
+@pytest.mark.parametrize("cb", ["batch_check", "recorder", "terminate_on_nan", "progress", "channels_last"])
 def test_each_callback_can_be_taken_away(cb):
     learn = learner_of("ours", progress=True)
     names = [c.name for c in learn.cbs]
     assert cb in names, names
     learn.remove_cbs(getattr(learn, cb))
     if cb == "recorder":
-        learn.remove_cbs([learn.progress, learn.terminate_on_na_n])               # they read it
+        learn.remove_cbs([learn.progress, learn.terminate_on_nan])               # they read it
     before = copy_of(dict(learn.model.state_dict()))
     learn.fit(1)
     assert any(not torch.equal(before[k], v) for k, v in learn.model.state_dict().items())
