@@ -16,7 +16,7 @@ from torch.utils.data import TensorDataset, default_collate
 
 from .datasets import ImageData, mnist
 from .images import show_figure, show_images
-from .settings import default_device
+from .settings import default_device, random_state, set_random_state
 
 _all_ = ["first"]  # fastcore's: the first item of anything iterable
 
@@ -260,12 +260,12 @@ class DataLoaders:
 
     def one_batch(self) -> Any:
         "A first batch of an epoch to look at; every random state stays as it was"
-        generator = getattr(self.train, "generator", None)
-        state = None if generator is None else generator.get_state()
-        with torch.random.fork_rng(devices=[self.device.index or 0] if self.device.type == "cuda" else []):
-            batch = first(self.train)
+        generator, state = getattr(self.train, "generator", None), random_state()
+        order = None if generator is None else generator.get_state()
+        batch = first(self.train)
+        set_random_state(state)
         if generator is not None:
-            generator.set_state(state)
+            generator.set_state(order)
         if batch is None:
             raise ValueError("The training loader has no batch; give it a data set that is not empty.")
         return batch

@@ -17,6 +17,7 @@ from torch.utils.data import Subset, TensorDataset
 from course_lib.dataloader import (DataLoader, DataLoaders, Normalize, batch_accuracy, first, get_dls, init_params, mnist_loss,
                                    pixel_stats, to_cpu, to_device)
 from course_lib.datasets import ImageData
+from course_lib.settings import random_state
 
 TorchLoader = torch.utils.data.DataLoader
 
@@ -399,19 +400,21 @@ def test_get_dls(tiny):
         get_dls(64, tiny, device="cpu")
 
 
-@pytest.mark.parametrize("kind", ["ours", "torch", "torch with a generator", "list"])
+@pytest.mark.parametrize("kind", ["ours", "torch", "augmenting", "torch with a generator", "list"])
 def test_looking_at_a_batch_changes_nothing(tiny, kind):
     train = {"ours": lambda: DataLoader(tiny.train, 8, True, seed=0, transform=lambda x: x.float() + torch.rand(()) * 0),
              "torch": lambda: TorchLoader(tiny.train, 8, shuffle=True),
+             "augmenting": lambda: DataLoader(tiny.train, 8, transform=lambda x: x.float() + random.random() + np.random.rand()),
              "torch with a generator": lambda: TorchLoader(tiny.train, 8, shuffle=True, generator=torch.Generator().manual_seed(4)),
              "list": lambda: [tuple(t[:8] for t in tiny.train.tensors)]}[kind]()
     dls = DataLoaders(train, TorchLoader(tiny.valid, 8), classes=tiny.classes)
     torch.manual_seed(11)
-    state = torch.get_rng_state()
+    state = random_state()
     batch = dls.one_batch()
     equal(tuple(batch), tuple(dls.one_batch()))
     dls.show_batch(4)
-    assert torch.get_rng_state().equal(state)
+    now = random_state()
+    assert now["torch"].equal(state["torch"]) and (now["python"], now["numpy"]) == (state["python"], state["numpy"])
     equal(first(train)[1], batch[1])
 
 
