@@ -111,8 +111,8 @@ def draw_kill(rng: random.Random, every: int | None) -> tuple:
     return "outside", rng.randint(1, N_EPOCH * N_BATCH - 1), rng.random() * .01
 
 
-def killed(processes, kind: str, folder: Path, every: int | None, kill: tuple) -> None:
-    "Train in a process that is killed on the way"
+def killed(processes, kind: str, folder: Path, every: int | None, kill: tuple, surely: bool = True) -> None:
+    "Train in a process that is killed on the way; not `surely` where the rest of a training may have been too short for it"
     folder.mkdir(exist_ok=True)
     (folder / "batches").unlink(missing_ok=True)
     process = processes.Process(target=train, args=(kind, folder, every, kill))
@@ -121,10 +121,10 @@ def killed(processes, kind: str, folder: Path, every: int | None, kill: tuple) -
         kill_outside(process, folder, *kill[1:])
     process.join(60)
     assert not process.is_alive()
-    if kill[0] == "outside":                       # it may have been quicker than its killer
-        assert process.exitcode in (0, -9, 1)
-    else:
-        assert process.exitcode != 0, f"{kill} never came"
+    died = (1, 15) if os.name == "nt" else (-9,)
+    if kill[0] == "outside" or not surely:         # it may have been quicker than its killer
+        died = (0, *died)
+    assert process.exitcode in died, f"{kill}: ended with {process.exitcode}"
 
 
 def check_rounds(processes, kind: str, folder: Path, seed: int, rounds: int, kills: int = 1) -> None:
@@ -140,7 +140,7 @@ def check_rounds(processes, kind: str, folder: Path, seed: int, rounds: int, kil
         for j, kill in enumerate(plan):
             if j and kill[0] != "outside":         # less is left to do: count the rest of the way only
                 kill = (kill[0], *((kill[1], 1) if kill[0] == "event" else (1, kill[2])))
-            killed(processes, kind, here, every, kill)
+            killed(processes, kind, here, every, kill, surely=j == 0)
         got = result(train(kind, here, every))
         same(got, expected[every][0], "learner")
         same(content(here / "fit.safetensors"), expected[every][1], "checkpoint")
@@ -183,13 +183,13 @@ def test_killed_while_the_first_checkpoint_is_written(processes, tmp_path, capsy
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_killed_twenty_times(processes, kind, tmp_path):
-    check_rounds(processes, kind, tmp_path, new_seed(), 20 if kind == "sgd" else 8)
+    check_rounds(processes, kind, tmp_path, new_seed(), 20 if kind == "sgd" else 4)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_killed_three_times_in_a_run(processes, kind, tmp_path):
-    check_rounds(processes, kind, tmp_path, new_seed(), 4, kills=3)
+    check_rounds(processes, kind, tmp_path, new_seed(), 2, kills=3)
 
 
 def test_resumed_in_a_fresh_process(tmp_path):
