@@ -106,7 +106,7 @@ class Learner:
                  cbs: Any = (),                        # callbacks for every fit, or one
                  device: torch.device | str | None = None,  # the loaders' if not given, or `default_device()`
                  progress: bool = True,                # show a table and a bar
-                 channels_last: bool = True):          # keep convolutions so where it is faster (`ChannelsLast`)
+                 channels_last: bool = True):          # convolutions, where it is faster (`ChannelsLast`)
         self.dls, self.loss_func, self.opt_func, self.lr = dls, loss_func, opt_func, lr
         self.device = torch.device(device or getattr(dls.train, "device", None) or default_device())
         self.model, self.opt = model.to(self.device), None
@@ -114,7 +114,8 @@ class Learner:
         self.cbs: list[Callback] = []
         self.epoch = self.n_epoch = self.iter = self.n_iter = 0
         self.xb = self.yb = self.pred = self.loss = None
-        self.add_cbs([BatchCheck, Recorder, TerminateOnNaN, *[Progress] * progress, *[ChannelsLast] * channels_last])
+        self.add_cbs([BatchCheck, Recorder, TerminateOnNaN, *[Progress] * progress,
+                      *[ChannelsLast] * channels_last])
         self.add_cbs(cbs)
 
     def fit(self,
@@ -357,8 +358,8 @@ def _read_resume(self: Learner, path: str | Path | None) -> dict[str, Any] | Non
                          "use load.")
     for what, here in self._fit_key().items():
         if (there := state["fit"][what]) != here:
-            raise ValueError(f"{path.name} is of a fit with {what} = {there}, and here it is {here}; give the "
-                             "same to resume it, or use load and begin a new fit.")
+            raise ValueError(f"{path.name} is of a fit with {what} = {there}, and here it is {here}; give "
+                             "the same to resume it, or use load and begin a new fit.")
     self._load_state(state, path.name)
     self.epoch = state["fit"]["epoch"]
     return state
@@ -392,8 +393,8 @@ def _training_batches(self: Learner) -> Iterable[tuple[int, Any]]:
 # %% ../nbs/05_learner.ipynb #88c3b21b
 def _aligned(pred: Tensor, targ: Tensor, name: str) -> None:
     if pred.ndim < 2 or targ.shape != pred.shape[:1] + pred.shape[2:]:
-        raise ValueError(f"{name} takes scores [N, classes] and class numbers [N], but got {list(pred.shape)} "
-                         f"and {list(targ.shape)}.")
+        raise ValueError(f"{name} takes scores [N, classes] and class numbers [N], but got "
+                         f"{list(pred.shape)} and {list(targ.shape)}.")
 
 
 def accuracy(pred: Tensor,  # scores [N, classes]
@@ -485,9 +486,9 @@ class Recorder(Callback):
 
     def after_epoch(self) -> None:
         losses, sizes = self.waiting[:len(self.sizes)].tolist(), self.sizes
-        mean = math.fsum(v * n for v, n in zip(losses, sizes, strict=True)) / sum(sizes) if losses else math.nan
+        total = math.fsum(v * n for v, n in zip(losses, sizes, strict=True))
         self.losses.extend(losses)
-        self.values.append([mean, *self.valid.values()])
+        self.values.append([total / sum(sizes) if losses else math.nan, *self.valid.values()])
         self.seconds.append(time.perf_counter() - self._start)
         self.epoch_ends.append(len(self.losses))
         self.sizes = array("q")
@@ -611,7 +612,7 @@ class ShowGraph(Callback):
 # %% ../nbs/05_learner.ipynb #6641570e
 def check_batch(pred: Any,                    # predictions [N, ...]
                 yb: Any,                      # targets: as predictions, or class numbers [N]
-                labels: Tensor | None = None, # all class numbers that there are; those of the batch if not given
+                labels: Tensor | None = None, # all class numbers there are; the batch's if not given
                 ) -> None:
     "ValueError for predictions and targets that a loss would broadcast, or labels without a score"
     if not isinstance(pred, Tensor) or not isinstance(yb, Tensor) or pred.shape == yb.shape:
@@ -625,12 +626,13 @@ def check_batch(pred: Any,                    # predictions [N, ...]
     labels = labels[labels != -100]           # cross-entropy's mark for "ignore this one"
     low, high = (int(labels.min()), int(labels.max())) if labels.numel() else (0, 0)
     if low < 0 or high >= pred.shape[1]:
-        raise ValueError(f"The labels go from {low} to {high}, but the model gives {pred.shape[1]} scores, for "
-                         f"the classes 0 to {pred.shape[1] - 1}; correct the labels or the model's last layer.")
+        raise ValueError(f"The labels go from {low} to {high}, but the model gives {pred.shape[1]} scores, "
+                         f"for the classes 0 to {pred.shape[1] - 1}; correct the labels or the model's last "
+                         "layer.")
 
 
 class BatchCheck(Callback):
-    "Looks at shapes and labels once a fit, before the first loss: some mistakes make no error, only bad models"
+    "Looks at shapes and labels once a fit, before the first loss: some mistakes only make bad models"
     order = -20
 
     def before_fit(self) -> None:
@@ -643,8 +645,9 @@ class BatchCheck(Callback):
             dl = learn.dls.train if learn.training else learn.dls.valid
             data = getattr(dl, "dataset", None)
             labels = data.tensors[-1] if isinstance(data, TensorDataset) else None
-            same = isinstance(learn.yb, Tensor) and labels is not None and labels.shape[1:] == learn.yb.shape[1:]
-            check_batch(learn.pred, learn.yb, labels if same else None)
+            if labels is None or labels.shape[1:] != getattr(learn.yb, "shape", labels.shape)[1:]:
+                labels = None                 # a callback or the loader changed the targets
+            check_batch(learn.pred, learn.yb, labels)
 
 # %% ../nbs/05_learner.ipynb #38f8fe09
 def failing_layer(model: nn.Module, xb: Any) -> str | None:
@@ -678,7 +681,8 @@ def _explained(self: Learner) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        print(f"Interrupted in {self._where()}. The learner keeps what it has learned; fit goes on from there.")
+        print(f"Interrupted in {self._where()}. The learner keeps what it has learned; fit goes on from "
+              "there.")
         raise
     except Exception as e:
         if self.xb is not None and self.pred is None and not isinstance(e, torch.OutOfMemoryError):
@@ -723,8 +727,8 @@ class TerminateOnNaN(Callback):
             where = f"at batch {bad[0]} of the training" if bad else "in validation"
             raise FloatingPointError(
                 f"The loss became {recorder.losses[start + bad[0]] if bad else valid_loss} in epoch "
-                f"{learn.epoch}, {where}. Model and optimiser are back at their state before this epoch. Try a "
-                f"smaller learning rate (it was {lr:.3g}), and look for inputs that are no numbers.")
+                f"{learn.epoch}, {where}. Model and optimiser are back at their state before this epoch. "
+                f"Try a smaller learning rate (it was {lr:.3g}), and look for inputs that are no numbers.")
 
     def cleanup(self) -> None:
         self.good = None
@@ -760,7 +764,8 @@ class ChannelsLast(Callback):
     def before_fit(self) -> None:
         learn = self.learn
         convs = [m for m in learn.model.modules() if isinstance(m, nn.Conv2d)]
-        if not self.decided and convs and learn.device.type == "cpu" and all(m.weight.is_contiguous() for m in convs):
+        chosen = any(not m.weight.is_contiguous() for m in convs)       # by the user
+        if convs and not chosen and not self.decided and learn.device.type == "cpu":
             self._try(convs)
         self.decided = True
 
@@ -858,7 +863,7 @@ def summary(self: Learner) -> Summary:
     from torch.utils.flop_counter import FlopCounterMode
     xb = to_device(self.dls.one_batch()[0], self.device)
     shapes, macs, rows, seen, counter = {}, Counter(), [], set(), FlopCounterMode(display=False)
-    inside = [[0, 0]]                         # of each module that is at work: count at its start, count of its parts
+    inside = [[0, 0]]                         # of modules at work: count at the start, count of the parts
 
     def enter(module: nn.Module, args: Any) -> None:
         inside.append([counter.get_total_flops(), 0])
@@ -937,7 +942,7 @@ def activation_of(loss_func: Callable) -> Callable[[Tensor], Tensor]:
 @patch
 def get_preds(self: Learner,
               dl: Iterable | None = None,          # batches of pairs; the validation set if not given
-              act: Callable | None = None,         # scores -> predictions; `activation_of` the loss if not given
+              act: Callable | None = None,         # scores -> predictions; else the loss's `activation_of`
               ) -> tuple[Tensor, Tensor]:
     "Predictions and targets of all items of a loader, on the CPU, in the loader's order"
     act, preds, targets = act or activation_of(self.loss_func), [], []
@@ -953,7 +958,7 @@ def get_preds(self: Learner,
 
 @patch
 def predict(self: Learner,
-            item: Any,                             # a picture (PIL or uint8 tensor), or one item of a batch's inputs
+            item: Any,                             # a picture (PIL, uint8 tensor), or an item as in batches
             ) -> tuple[str, Tensor, Tensor]:
     "Class name, class number and predictions [classes] for one picture"
     like = self.dls.one_batch()[0]
@@ -961,8 +966,8 @@ def predict(self: Learner,
     if isinstance(item, Image.Image):
         item = image2tensor(item.convert("L" if want[0] == 1 else "RGB"))
     if not isinstance(item, Tensor):
-        raise ValueError(f"predict takes a picture or a tensor, but got a {type(item).__name__}; open a file with "
-                         "PIL's Image.open.")
+        raise ValueError(f"predict takes a picture or a tensor, but got a {type(item).__name__}; open a "
+                         "file with PIL's Image.open.")
     x = item if item.ndim == len(want) else item[None]                # [H, W] -> [1, H, W]
     if list(x.shape) != want:
         raise ValueError(f"predict takes an item of the shape {want}, as in the batches, but got "
@@ -971,8 +976,8 @@ def predict(self: Learner,
     x = x[None].to(self.device)
     if x.dtype == torch.uint8 != like.dtype:
         if transform is None:
-            raise ValueError("predict got bytes, but the batches are float, and no transform of the validation loader "
-                             "says how bytes become that; give the item as it is in the batches.")
+            raise ValueError("predict got bytes, but the batches are float, and no transform of the "
+                             "validation loader says how bytes become that; give the item as it is in the batches.")
         x = transform(x)
     with evaluating(self.model):
         probs = activation_of(self.loss_func)(self.model(x))[0].cpu()
@@ -1013,7 +1018,7 @@ def show_results(self: Learner, max_n: int = 9) -> None:
     pictures = _pictures(batch, range(len(titles)), _decode(self.dls.valid))
     show_figure(show_images(pictures, titles=titles, imsize=1.4, vmin=0, vmax=1),
                 alt=f"{len(titles)} validation pictures: {'; '.join(titles)}.",
-                caption="Validation pictures: true class, the class that the model reads; ✗ marks mistakes.")
+                caption="Validation pictures: true class, the class that the model reads; ✗ marks a mistake.")
 
 
 class ClassificationInterpretation:
@@ -1071,14 +1076,16 @@ class ClassificationInterpretation:
         ax.grid(False)
         right, n = int(counts.diagonal().sum()), int(counts.sum())
         worst = "; ".join(f"{t} as {g}: {k}" for t, g, k in self.most_confused()[:3])
-        show_figure(fig, alt=f"Confusion matrix of {n} pictures, {right} on the diagonal. Most frequent mistakes: "
-                             f"{worst or 'none'}.",
-                    caption=f"{right} of {n} are right (bold, on the diagonal); the darker a cell, the more mistakes.")
+        show_figure(fig, alt=f"Confusion matrix of {n} pictures, {right} on the diagonal. Most frequent "
+                             f"mistakes: {worst or 'none'}.",
+                    caption=f"{right} of {n} are right (bold, on the diagonal); the darker a cell, the more "
+                            "mistakes.")
 
     def most_confused(self, min_val: int = 1) -> list[tuple[str, str, int]]:
         "True class, predicted class and how often, the most frequent mistake first"
         counts = self.confusion_matrix().fill_diagonal_(0)
-        pairs = [(self.names[i], self.names[j], int(counts[i, j])) for i, j in (counts >= max(1, min_val)).nonzero()]
+        found = (counts >= max(1, min_val)).nonzero().tolist()
+        pairs = [(self.names[i], self.names[j], int(counts[i, j])) for i, j in found]
         return sorted(pairs, key=lambda p: -p[2])
 
 # %% ../nbs/05_learner.ipynb #86b3f6b4
@@ -1130,7 +1137,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     from safetensors import SafetensorError, safe_open
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"There is no checkpoint {path}; check the path, or train and save one first.")
+        raise FileNotFoundError(f"There is no checkpoint {path}; check the path, or train and save one.")
     try:
         with safe_open(path, "pt") as f:
             about = f.metadata() or {}
@@ -1169,12 +1176,12 @@ def _load_state(self: Learner, state: dict[str, Any], source: str) -> None:
     if saved.keys() != own.keys():
         odd = sorted(saved.keys() ^ own.keys())
         whose = "the file" if odd[0] in saved else "this model"
-        raise ValueError(f"{source} is of another model: only {whose} has {odd[0]!r}. Build the model that was "
-                         "saved.")
+        raise ValueError(f"{source} is of another model: only {whose} has {odd[0]!r}. Build the model that "
+                         "was saved.")
     for k, v in own.items():
         if v.shape != saved[k].shape:
-            raise ValueError(f"{source} is of another model: {k!r} has the shape {list(saved[k].shape)} there "
-                             f"and {list(v.shape)} here. Build the model that was saved.")
+            raise ValueError(f"{source} is of another model: {k!r} has the shape {list(saved[k].shape)} "
+                             f"there and {list(v.shape)} here. Build the model that was saved.")
     if "opt" in state:
         opt = self.opt or self.opt_func(list(self.model.parameters()), lr=self.lr)
         if _class_name(opt) != state["opt_name"]:
@@ -1231,7 +1238,8 @@ class Checkpoint(Callback):
         learn, now = self.learn, self.learn._random_states()
         if not all(p.isfinite().all() for p in learn.model.parameters()):
             return                            # nobody wants to go on from nan: the last good file stays
-        place = {"epoch": epoch, "batch": batch, "now": now, "epoch_start": learn.epoch_start if batch else now}
+        place = {"epoch": epoch, "batch": batch, "now": now,
+                 "epoch_start": learn.epoch_start if batch else now}
         write_checkpoint(self.path, {**learn._state(), "fit": {**learn._fit_key(), **place},
                                      "cbs": {cb.name: cb.state_dict() for cb in learn.cbs}})
 
@@ -1239,7 +1247,7 @@ class Checkpoint(Callback):
 def vision_learner(dls: DataLoaders,
                    arch: Callable[..., nn.Module],   # of torchvision.models, such as resnet18
                    pretrained: bool = False,         # with ImageNet's weights, which torchvision downloads
-                   n_in: int | None = None,          # channels of the pictures; those of the batches if not given
+                   n_in: int | None = None,          # channels of the pictures; the batches' if not given
                    **kwargs: Any) -> Learner:        # the rest as for `Learner`
     """A Learner on a network of torchvision's, its first convolution made for `n_in` channels and its last
     linear layer for the classes of `dls`
@@ -1250,8 +1258,8 @@ def vision_learner(dls: DataLoaders,
     convs = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Conv2d)]
     linears = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
     if not convs or not linears:
-        raise ValueError(f"{_name_of(arch)} has no convolution or no linear layer to fit to the data; build the "
-                         "model yourself and give it to Learner.")
+        raise ValueError(f"{_name_of(arch)} has no convolution or no linear layer to fit to the data; build "
+                         "the model yourself and give it to Learner.")
     (name, conv), (last_name, last) = convs[0], linears[-1]
     if conv.in_channels != n_in:
         new = nn.Conv2d(n_in, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
