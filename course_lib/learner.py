@@ -977,7 +977,7 @@ def predict(self: Learner,
     if x.dtype == torch.uint8 != like.dtype:
         if transform is None:
             raise ValueError("predict got bytes, but the batches are float, and no transform of the "
-                             "validation loader says how bytes become that; give the item as it is in the batches.")
+                             "validation loader says how bytes become that; give the item as it is in a batch.")
         x = transform(x)
     with evaluating(self.model):
         probs = activation_of(self.loss_func)(self.model(x))[0].cpu()
