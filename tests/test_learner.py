@@ -630,11 +630,14 @@ def test_labels_out_of_range(label, where, data):
     elif data == "torch loader":
         train, valid = (TorchLoader(TensorDataset(*d), 4) for d in (train, valid))
     learn = tiny(dls=dls_of(train, valid, size=4))
+    before = copy_of(dict(learn.model.state_dict()))
     low = label if label < 0 else "[01]"
     message = rf"^The labels go from {low} to {max(2, label)}, but the model gives 3 scores, for the classes 0 to 2; correct"
     with pytest.raises(ValueError, match=message) as e:
         learn.fit(1)
     assert len(str(e.value).splitlines()) == 1
+    if "valid" not in where and data != "batches":                 # all labels are at hand: seen before the first step
+        same(dict(learn.model.state_dict()), before)
     learn.dls = dls_of((x, y))
     assert_fine(learn, learn.cbs)
 
