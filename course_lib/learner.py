@@ -452,7 +452,8 @@ def _name_of(metric: Callable) -> str:
 class Recorder(Callback):
     """Keeps the history of the last fit: every training loss and learning rate, and a row of values an epoch
 
-    Losses wait on the device for the end of the epoch; only then are they copied."""
+    Losses wait on the device for the end of the epoch; only then are they copied. An epoch that is broken
+    off leaves its losses and rates, but no row."""
     order = 50
     sizes: Sequence[int] = ()
 
@@ -977,7 +978,7 @@ def predict(self: Learner,
     if x.dtype == torch.uint8 != like.dtype:
         if transform is None:
             raise ValueError("predict got bytes, but the batches are float, and no transform of the "
-                             "validation loader says how bytes become that; give the item as it is in a batch.")
+                             "validation loader says how bytes become that; give the item as in a batch.")
         x = transform(x)
     with evaluating(self.model):
         probs = activation_of(self.loss_func)(self.model(x))[0].cpu()
