@@ -50,7 +50,7 @@ from course_lib import optim
 from course_lib.dataloader import DataLoader, DataLoaders, Normalize, batch_accuracy, mnist_loss
 from course_lib.learner import (EVENTS, Averages, Callback, CancelBatchException, CancelEpochException, CancelFitException,
                                 CancelTrainException, CancelValidException, ClassificationInterpretation, Hook, Hooks,
-                                Learner, Progress, Recorder, TerminateOnNaN, accuracy, activation_of, error_rate, evaluating,
+                                Learner, Progress, Recorder, ShowGraph, TerminateOnNaN, accuracy, activation_of, error_rate, evaluating,
                                 failing_layer, smooth, vision_learner)
 from course_lib.settings import random_state, set_seed
 from killed_run import N_BATCH, learner_of, loaders, net, opt_of, pictures, schedule
@@ -1248,6 +1248,29 @@ def shown(monkeypatch) -> list:
     figures = []
     monkeypatch.setattr(learner_module, "show_figure", lambda fig, alt, caption, **kw: figures.append((fig, alt, caption)))
     return figures
+
+
+def test_show_graph_replaces_one_figure_and_draws_at_most_a_tenth_of_the_time(monkeypatch):
+    calls, clock = [], [0.]
+
+    def draw(self, **kwargs):
+        calls.append((clock[0], kwargs))
+        clock[0] += .5
+    monkeypatch.setattr(Recorder, "plot_loss", draw)
+    monkeypatch.setattr(learner_module.time, "perf_counter", lambda: clock[0])
+
+    class Second(Callback):
+        def after_batch(self): clock[0] += 1
+    learn = tiny(dls=dls_of([(torch.randn(4, 2), torch.randint(3, (4,)))] * 12))
+    learn.fit(2, cbs=[ShowGraph(seconds=2), Second])
+    assert not calls, "nobody watches a script"
+    clock[0] = 0.
+    monkeypatch.setattr(learner_module, "in_notebook", lambda: True)
+    learn.fit(2, cbs=[ShowGraph(seconds=2), Second])
+    # 12 batches of training and 12 of validation, a second each; a picture takes half a second, so the next waits for five,
+    # or for the end of the epoch
+    assert [t for t, _ in calls] == [3, 8.5, 25, 30.5, 36, 50.5]
+    assert [c["replace"] for _, c in calls] == [False] + [True] * (len(calls) - 1) and len({c["name"] for _, c in calls}) == 1
 
 
 def test_plot_loss(shown):
