@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved rounds, ratios with their spread, a line that names the hardware, a network."""
+"""What the benchmarks share: interleaved rounds, ratios with their spread, a line that names the hardware."""
 import os
 import platform
 import time
@@ -6,7 +6,6 @@ from collections.abc import Callable
 from statistics import median
 
 import torch
-from torch import nn
 
 
 def environment() -> str:
@@ -47,10 +46,3 @@ def print_table(rows: list[tuple], head: tuple) -> None:
     print("|" + " --- |" * len(head))
     for row in rows:
         print("| " + " | ".join(str(c) for c in row) + " |")
-
-
-def small_cnn() -> nn.Sequential:
-    "Five stride-2 convolutions with batchnorm, 1 -> 8 (5x5) -> 16 -> 32 -> 64 -> 10; 30,542 parameters; [N, 1, 28, 28] -> [N, 10]"
-    def conv(ni: int, nf: int, ks: int = 3) -> list[nn.Module]:
-        return [nn.Conv2d(ni, nf, ks, stride=2, padding=ks // 2), nn.BatchNorm2d(nf), nn.ReLU()]
-    return nn.Sequential(*conv(1, 8, 5), *conv(8, 16), *conv(16, 32), *conv(32, 64), *conv(64, 10)[:-1], nn.Flatten())

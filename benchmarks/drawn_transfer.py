@@ -20,7 +20,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from common import environment, print_table, small_cnn
+from common import environment, print_table
+from course_lib.conv import NormType, simple_cnn
 from course_lib.datasets import mnist
 from course_lib.drawn import STEADY, VARIED, Hand, digits, draw_digits
 
@@ -71,7 +72,7 @@ def train(setting: Setting, seed: int, data, score: str, device: torch.device) -
     if setting.real:
         train_x, train_y = data.train_x, data.train_y
     train_x, train_y = train_x.to(device), train_y.to(device)
-    model = small_cnn().to(device)
+    model = simple_cnn(norm_type=NormType.Batch).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=RATE)
     steps = len(train_y) // BATCH
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=RATE, total_steps=setting.epochs * steps)

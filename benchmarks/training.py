@@ -34,8 +34,9 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader, TensorDataset
 
-from common import environment, print_table, ratio, small_cnn
+from common import environment, print_table, ratio
 from course_lib import optim
+from course_lib.conv import NormType, simple_cnn
 from course_lib.dataloader import Normalize, get_dls, pixel_stats
 from course_lib.datasets import URLs, ImageData, mnist, untar_data
 from course_lib.learner import Learner, accuracy
@@ -226,7 +227,7 @@ def race(work: Work, names: list[str], rounds: int) -> tuple[dict[str, list[floa
             if name == "fastai-folder" and not 0 < r <= FOLDER_ROUNDS:
                 continue
             torch.manual_seed(r)               # the same weights for all
-            run = CONTENDERS[name][1](work, small_cnn(), r)
+            run = CONTENDERS[name][1](work, simple_cnn(norm_type=NormType.Batch), r)
             gc.collect()                       # rubbish of the one before is not this one's cost
             start = time.process_time()
             value = run()
