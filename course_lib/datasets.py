@@ -2,20 +2,25 @@
 
 # %% auto #0
 __all__ = ['ANSWER_SECONDS', 'ImageData', 'NoDataError', 'drawn_mnist', 'mnist', 'fashion_mnist', 'three_or_seven', 'URLs',
-           'untar_data', 'imagenette_folder']
+           'untar_data', 'imagenette_folder', 'to_rgb', 'image_folder', 'drawn_scenes', 'imagenette']
 
 # %% ../nbs/01_datasets.ipynb #b38957da
 import contextlib
 import errno
 import hashlib
 import http.client
+import json
 import os
 import re
 import shutil
 import socket
+import sys
 import threading
 import urllib.request
+import warnings
+import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,24 +31,27 @@ import filelock
 import numpy as np
 import platformdirs
 import torch
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import TensorDataset
+from tqdm import tqdm
 
 from . import drawn
 from .settings import course_source, data_path
 
 # %% ../nbs/01_datasets.ipynb #fe6a9d55
 def _size(x: torch.Tensor) -> str:
-    return f"{x.shape[1]}x{x.shape[2]}"
+    return f"{x.shape[-2]}x{x.shape[-1]}{' in colour' if x.ndim == 4 else ''}"
 
 
 def _check_pictures(part: str, x: torch.Tensor) -> None:
     if not isinstance(x, torch.Tensor):
-        raise ValueError(f"{part}_x is a {type(x).__name__}; make it a uint8 tensor [N, H, W].")
+        raise ValueError(f"{part}_x is a {type(x).__name__}; make it a uint8 tensor, [N, H, W] or "
+                         "[N, 3, H, W].")
     if x.dtype != torch.uint8:
         raise ValueError(f"{part}_x holds {x.dtype}; pictures are kept as torch.uint8, 0 to 255.")
-    if x.ndim != 3:
-        raise ValueError(f"{part}_x has the shape {list(x.shape)}; pictures have to be [N, H, W].")
+    if x.ndim != 3 and not (x.ndim == 4 and x.shape[1] == 3):
+        raise ValueError(f"{part}_x has the shape {list(x.shape)}; pictures have to be [N, H, W] if grey, "
+                         "[N, 3, H, W] if in colour.")
     if x.numel() == 0:
         raise ValueError(f"{part}_x is empty (shape {list(x.shape)}); give it at least one picture.")
 
@@ -66,10 +74,10 @@ def _check_labels(part: str, y: torch.Tensor, pictures: int, classes: int) -> No
 # %% ../nbs/01_datasets.ipynb #9cafab67
 @dataclass(eq=False, repr=False)
 class ImageData:
-    "Grey pictures and labels for training and validation, in memory; a ValueError tells what does not fit"
-    train_x: torch.Tensor  # uint8 [N, H, W], 0 is background
+    "Pictures and labels for training and validation, in memory or mapped; ValueError for what does not fit"
+    train_x: torch.Tensor  # uint8, grey [N, H, W] (0 is background) or in colour [N, 3, H, W]
     train_y: torch.Tensor  # int64 [N], indices into `classes`
-    valid_x: torch.Tensor  # uint8 [M, H, W]
+    valid_x: torch.Tensor  # uint8, the same for validation, M pictures
     valid_y: torch.Tensor  # int64 [M]
     classes: list[str]     # the name of each class
     source: str            # `real` or `drawn`
@@ -136,6 +144,7 @@ class _Digits:
     md5: tuple[str | None, ...]    # of the four unpacked files
     mirrors: tuple[str, ...]       # hosts beside those that torchvision knows; files are checked anyway
     instead: str = ""              # what else can be done without it, for the error's sentence
+    drawn: str = "mnist"           # the function that gives drawn pictures where they are wanted
     size: int = 28                 # pixels, each way
     seconds: float = 300           # at most for one file
 
@@ -365,9 +374,10 @@ def _download(spec: "_Digits | _Photos", root: Path) -> None:
 _gave_up: dict[tuple[str, Path], NoDataError] = {}  # what `auto` does not try again in this process
 
 
-def _real(spec: "_Digits | _Photos") -> "ImageData | Path":
-    "What `spec` reads, from the data folder or downloaded to it; NoDataError says why not and what to do"
-    root, downloading = data_path(), False
+def _real(spec: "_Digits | _Photos", read: Callable[[Path], object] | None = None) -> "ImageData | Path":
+    """What `read` (if not given, that of `spec`) makes of the data folder, downloaded to it if need be;
+    NoDataError says why not and what to do"""
+    root, downloading, read = data_path(), False, read or spec.read
     try:
         if spec.missing(root):
             if course_source() == "auto" and (spec.name, root) in _gave_up:
@@ -375,7 +385,7 @@ def _real(spec: "_Digits | _Photos") -> "ImageData | Path":
             downloading = True
             _download(spec, root)
             downloading = False
-        return spec.read(root)
+        return read(root)
     except NoDataError as e:
         error = e
     except _WrongFile as e:
@@ -399,37 +409,43 @@ def _drawn_key(*what: object) -> str:
     return hashlib.sha256(Path(drawn.__file__).read_bytes() + repr(what).encode()).hexdigest()[:12]
 
 
-def _drawn_data(*parts: torch.Tensor) -> ImageData:
-    return ImageData(*parts, classes=list("0123456789"), source="drawn", name="MNIST")
+def _drawn_data(name: str, *parts: torch.Tensor) -> ImageData:
+    return ImageData(*parts, classes=list("0123456789"), source="drawn", name=name)
 
 
-def _read_cache(file: Path) -> ImageData | None:
-    "Drawn digits from their cache file; None if it is missing or damaged"
+def _read_cache(file: Path, name: str) -> ImageData | None:
+    "Drawn pictures from their cache file; None if it is missing or damaged"
     try:
         with np.load(file, allow_pickle=False) as arrays:  # checks the file's own checksums as it reads
-            return _drawn_data(*(torch.from_numpy(arrays[part]) for part in _PARTS))
+            return _drawn_data(name, *(torch.from_numpy(arrays[part]) for part in _PARTS))
     except Exception:                                            # whatever is wrong with it: draw again
         return None
+
+
+def _draw_once(name: str, kind: str, key: str, draw: Callable[[], tuple[torch.Tensor, ...]]) -> ImageData:
+    "The set that `draw` gives, from its cache file `kind`-`key` if there is one, else drawn and kept there"
+    root, file = data_path() / "drawn", f"{kind}-{key}.npz"
+    if (data := _read_cache(root / file, name)) is not None:
+        return data
+    try:
+        with _workshop(root, file, seconds=120) as part:
+            if (data := _read_cache(root / file, name)) is not None:  # another process was faster
+                return data
+            data = _drawn_data(name, *draw())
+            with open(part, "wb") as f:
+                np.savez(f, **{part: getattr(data, part).numpy() for part in _PARTS})
+            os.replace(part, root / file)
+    except OSError as e:
+        _say(f"The drawn {kind} cannot be kept in the data folder ({_reason(e)}); "
+             "they are drawn afresh each time.")
+    return data or _drawn_data(name, *draw())
 
 
 def drawn_mnist(seed: int = 0,
                 variation: float = 0.) -> ImageData:  # 0: as difficult as MNIST; 1: most variety
     "Drawn digits with MNIST's sizes and counts (`drawn.digits`), kept in the data folder; never a network"
-    root, name = data_path() / "drawn", f"digits-{_drawn_key(seed, float(variation))}.npz"
-    if (data := _read_cache(root / name)) is not None:
-        return data
-    try:
-        with _workshop(root, name, seconds=120) as part:
-            if (data := _read_cache(root / name)) is not None:   # another process was faster
-                return data
-            data = _drawn_data(*drawn.digits(seed, variation))
-            with open(part, "wb") as f:
-                np.savez(f, **{part: getattr(data, part).numpy() for part in _PARTS})
-            os.replace(part, root / name)
-    except OSError as e:
-        _say(f"The drawn digits cannot be kept in the data folder ({_reason(e)}); "
-             "they are drawn afresh each time.")
-    return data or _drawn_data(*drawn.digits(seed, variation))
+    return _draw_once("MNIST", "digits", _drawn_key(seed, float(variation)),
+                      lambda: drawn.digits(seed, variation))
 
 # %% ../nbs/01_datasets.ipynb #32437bc0
 def _announce(data: ImageData, text: str) -> ImageData:
@@ -437,19 +453,25 @@ def _announce(data: ImageData, text: str) -> ImageData:
     return data
 
 
-def mnist() -> ImageData:
-    "MNIST, 60,000 and 10,000 digits of 28x28, real or drawn (`COURSE_SOURCE`), with a line that says which"
+def _real_or_drawn(real: Callable[[], ImageData], stand_in: Callable[[], ImageData], name: str,
+                   pictures: str, drawings: str) -> ImageData:
+    "One of two sets, as COURSE_SOURCE says, announced"
     why = "as COURSE_SOURCE asks"
     if course_source() != "drawn":
         try:
-            data = _real(_MNIST)
+            data = real()
         except NoDataError as e:
             if course_source() == "real":
                 raise
             why = e.reason
         else:
-            return _announce(data, "MNIST: the real pictures")
-    return _announce(drawn_mnist(), f"MNIST: drawn digits in place of the real pictures ({why})")
+            return _announce(data, f"{name}: the real {pictures}")
+    return _announce(stand_in(), f"{name}: drawn {drawings} in place of the real {pictures} ({why})")
+
+
+def mnist() -> ImageData:
+    "MNIST, 60,000 and 10,000 digits of 28x28, real or drawn (`COURSE_SOURCE`), with a line that says which"
+    return _real_or_drawn(lambda: _real(_MNIST), drawn_mnist, "MNIST", "pictures", "digits")
 
 
 def fashion_mnist() -> ImageData:
@@ -462,7 +484,7 @@ def _not_drawn(spec: "_Digits | _Photos") -> "_Digits | _Photos":
     if course_source() == "drawn":
         raise NoDataError("there is no drawn version",
                           f"{spec.name} has no drawn version, and COURSE_SOURCE is 'drawn'; "
-                          "set it to auto or real, or use mnist().")
+                          f"set it to auto or real, or use {spec.drawn}().")
     return spec
 
 # %% ../nbs/01_datasets.ipynb #74ec1d76
@@ -507,6 +529,37 @@ def _write_pngs(folder: Path, url: str, layout: dict[str, tuple[torch.Tensor, to
         (folder / "labels.csv").write_text(text, encoding="utf-8", newline="\n")
 
 
+def _roots() -> list[Path]:
+    "The data folder, and the user's cache: a shared data folder may be for reading only"
+    own = platformdirs.user_cache_path("course_lib", appauthor=False)
+    return list(dict.fromkeys((data_path(), own)))
+
+
+def _keep(name: Path, make: Callable[[Path], None], look: Callable[[Path], "Path | ImageData | None"],
+          ) -> "Path | ImageData":
+    """What `look` finds in the folder `name` of the data folder; where it finds None, `make` makes the folder
+    first, under a temporary name. NoDataError if it cannot be written"""
+    for root in _roots():
+        folder = root / name
+        try:
+            if (found := look(folder)) is None:
+                with _workshop(folder.parent, folder.name, seconds=3600) as part:
+                    if (found := look(folder)) is None:          # else another process was faster
+                        make(part)
+                        _remove(folder)                          # of no use if it is there
+                        os.replace(part, folder)
+                        found = look(folder)
+            return found
+        except OSError as e:
+            error = e
+            if e.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                break
+    why = _reason(error)
+    raise NoDataError(f"they cannot be written ({why})",
+                      f"The pictures cannot be written to {folder} ({why}); make room there or "
+                      "point COURSE_DATA at another folder.") from error
+
+
 def untar_data(url: str) -> Path:
     "The folder of PNG files that the book has at `url` (of `URLs`), made once of the data; or RuntimeError"
     if url not in (URLs.MNIST_SAMPLE, URLs.MNIST):
@@ -514,22 +567,8 @@ def untar_data(url: str) -> Path:
     data = mnist()
     layout = _layout(url, data)
     name = Path(url) if data.source == "real" else Path("drawn") / f"{url}-{_drawn_key(0, 0.)}"
-    own = platformdirs.user_cache_path("course_lib", appauthor=False)
-    for root in dict.fromkeys((data_path(), own)):  # a shared data folder may be for reading only
-        folder = root / name
-        try:
-            if not folder.exists():
-                with _workshop(folder.parent, folder.name, seconds=600) as part:
-                    if not folder.exists():                      # else another process was faster
-                        _write_pngs(part, url, layout)
-                        os.replace(part, folder)
-            return _whole(folder, layout)
-        except OSError as e:
-            error = e
-            if e.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-                break
-    raise RuntimeError(f"The pictures cannot be written to {folder} ({_reason(error)}); make room there or "
-                       "point COURSE_DATA at another folder.") from error
+    return _keep(name, lambda part: _write_pngs(part, url, layout),
+                 lambda folder: _whole(folder, layout) if folder.exists() else None)
 
 
 def _whole(folder: Path, layout: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> Path:
@@ -547,7 +586,9 @@ class _Photos:
     "What is known of a set of photos in folders, so that a half-unpacked copy is not taken for a whole one"
     name: str
     counts: dict[str, tuple[int, int]]  # folder (a WordNet number): pictures in train and val
+    titles: dict[str, str]              # folder: what is on the pictures
     instead: str = ""
+    drawn: str = "imagenette"
     seconds: float = 1800               # at most for the archive
 
     def place(self, root: Path) -> Path:
@@ -585,9 +626,248 @@ class _Photos:
 _IMAGENETTE = _Photos("imagenette2-160", {
     "n01440764": (963, 387), "n02102040": (955, 395), "n02979186": (993, 357), "n03000684": (858, 386),
     "n03028079": (941, 409), "n03394916": (956, 394), "n03417042": (961, 389), "n03425413": (931, 419),
-    "n03445777": (951, 399), "n03888257": (960, 390)})
+    "n03445777": (951, 399), "n03888257": (960, 390)}, {
+    "n01440764": "tench", "n02102040": "English springer", "n02979186": "cassette player",
+    "n03000684": "chain saw", "n03028079": "church", "n03394916": "French horn",
+    "n03417042": "garbage truck", "n03425413": "gas pump", "n03445777": "golf ball",
+    "n03888257": "parachute"}, instead=", or set COURSE_SOURCE=drawn to go on with drawn scenes")
 
 
 def imagenette_folder() -> Path:
     "The folder of Imagenette's photos, 160 pixels: train and val, a folder a class; downloaded if need be"
     return _real(_not_drawn(_IMAGENETTE))
+
+# %% ../nbs/01_datasets.ipynb #a8754efc
+def to_rgb(image: Image.Image) -> Image.Image:
+    "A picture in colour and upright: turned as EXIF says, on white where transparent, 16 bits of grey as 8"
+    image.load()
+    with contextlib.suppress(Exception):                         # damaged EXIF data count as none
+        if image.getexif().get(0x0112, 1) != 1:
+            image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+# %% ../nbs/01_datasets.ipynb #8e209dbe
+_MOST = 80_000_000  # pixels in one picture: 240 MB while it is unpacked
+
+
+def _fault(error: Exception) -> str:
+    "Why a picture cannot be read, in a few words and without a path"
+    if isinstance(error, Image.DecompressionBombError):
+        return "it has far too many pixels"
+    if isinstance(error, UnidentifiedImageError):
+        return "it is no picture"
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno)
+    text = str(error).rstrip(".")
+    return "it is cut off" if "truncated" in text.lower() else text or type(error).__name__
+
+
+def _square(file: Path, size: int) -> bytes | str:
+    "The middle of a picture as bytes [size, size, 3], scaled to its shorter side; or why it cannot be had"
+    try:
+        with Image.open(file) as image:
+            image.draft("RGB", (2 * size, 2 * size))             # a JPEG: not larger than needed
+            if image.width * image.height > _MOST:
+                return f"its {image.width * image.height / 1e6:.0f} million pixels are too many"
+            image = to_rgb(image)
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        image = image.crop((left, top, left + side, top + side))  # first: else the ends would shine through
+        return image.resize((size, size), Image.Resampling.BILINEAR).tobytes()
+    except Exception as e:                                       # PIL raises many kinds
+        return _fault(e)
+
+# %% ../nbs/01_datasets.ipynb #0b12cb4f
+_FORMAT = 1  # of the decoded files; counts up when what stands in them changes
+
+
+def _decode(part: Path, about: dict, size: int, files: dict[str, list[tuple[Path, int]]],
+            root: Path) -> list[str]:
+    "Write the pictures of (file, label) in train and valid to the folder `part`; what had to be left out"
+    todo, left_out, labels, checks = [*files["train"], *files["valid"]], [], [], []
+    block, trained = max(16, 2**25 // (3 * size * size)), 0      # 32 MB at a time
+    part.mkdir()
+    with (warnings.catch_warnings(), open(part / "pictures.u8", "wb") as out,
+          ThreadPoolExecutor(os.cpu_count()) as pool,
+          tqdm(total=len(todo), desc=f"{about['name']}: decoded once", unit=" pictures", leave=False,
+               file=sys.stdout, delay=.5) as bar):
+        warnings.simplefilter("ignore")                          # PIL's, about sizes and odd EXIF data
+        for start in range(0, len(todo), block):
+            pairs = todo[start:start + block]
+            pictures = pool.map(lambda pair: _square(pair[0], size), pairs)
+            for i, ((file, label), picture) in enumerate(zip(pairs, pictures, strict=True), start):
+                bar.update()
+                if isinstance(picture, str):
+                    left_out.append(f"{file.relative_to(root).as_posix()} ({picture})")
+                    continue
+                out.write(picture)
+                labels.append(label)
+                checks.append(zlib.crc32(picture))
+                trained += i < len(files["train"])
+        out.flush()
+        os.fsync(out.fileno())                                   # on the disk before it gets its name
+    lost = {label for _, label in files["train"]} - set(labels[:trained])
+    if lost or trained == len(labels):
+        what = f"pictures of the class {about['classes'][min(lost)]!r}" if lost else "validation pictures"
+        raise ValueError(f"None of the {what} in {root} can be read, such as {left_out[0]}; "
+                         "put others there.")
+    about = {**about, "size": size, "train": trained, "labels": labels, "crc32": checks, "left_out": left_out}
+    (part / "about.json").write_text(json.dumps(about), encoding="utf-8")
+    return left_out
+
+# %% ../nbs/01_datasets.ipynb #930152ea
+def _open_decoded(folder: Path, key: str) -> ImageData | None:
+    "Decoded pictures, mapped: read only where used. None if they are missing, damaged or of other files"
+    try:
+        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+        labels, n = torch.tensor(about["labels"]), about["train"]
+        shape = len(labels), about["size"], about["size"], 3
+        if (about["key"] != key or len(about["crc32"]) != len(labels)
+                or (folder / "pictures.u8").stat().st_size != np.prod(shape)):
+            return None
+        # mode c: whatever is written into the tensor stays out of the file
+        pictures = np.memmap(folder / "pictures.u8", np.uint8, "c", shape=shape)
+        for i in np.linspace(0, len(labels) - 1, 16).astype(int):
+            if zlib.crc32(pictures[i]) != about["crc32"][i]:
+                return None
+        x = torch.from_numpy(pictures).permute(0, 3, 1, 2)       # [N, 3, size, size], channels_last
+        data = ImageData(x[:n], labels[:n], x[n:], labels[n:], about["classes"], "real", about["name"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if left_out := about["left_out"]:
+        more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
+        _say(f"{data.name}: {len(left_out)} of {len(left_out) + len(labels):,} pictures cannot be read and "
+             f"are left out: {', '.join(left_out[:3])}{more}.")
+    return data
+
+# %% ../nbs/01_datasets.ipynb #6ad84d1c
+_KINDS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+_Labelled = list[tuple[Path, int]]
+
+
+def _labelled(folder: Path, labels: dict[str, int]) -> _Labelled:
+    "The picture files in and below each class's folder, in the order of their names, with their labels"
+    found = []
+    for name, label in labels.items():
+        below = [p for p in sorted((folder / name).rglob("*")) if not p.name.startswith(".") and p.is_file()]
+        pictures = [(p, label) for p in below if p.suffix.lower() in _KINDS]
+        if not pictures:
+            other = f" (its {len(below)} files are of other kinds, such as {below[0].name})" if below else ""
+            raise ValueError(f"The class folder {name!r} in {folder} has no pictures{other}; put some of the "
+                             f"kinds {', '.join(_KINDS)} into it, or remove it.")
+        found += pictures
+    return found
+
+
+def _classes(folder: Path) -> dict[str, int]:
+    "The names of the class folders in `folder`, numbered"
+    names = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if not names:
+        raise ValueError(f"{folder} has no folders; put the pictures of each class into a folder of its own.")
+    return {name: label for label, name in enumerate(names)}
+
+
+def _split(files: _Labelled, share: float, seed: int) -> dict[str, _Labelled]:
+    "A random `share` of the files for validation"
+    if not 0 < share < 1 or len(files) < 2:
+        raise ValueError(f"valid_pct is {share} of {len(files)} pictures; it has to be a share between 0 and "
+                         "1, such as 0.2, of at least two.")
+    n = min(max(1, round(share * len(files))), len(files) - 1)
+    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed)).tolist()
+    return {"train": [files[i] for i in sorted(order[n:])], "valid": [files[i] for i in sorted(order[:n])]}
+
+
+def _shorter_side(files: _Labelled) -> int:
+    "The shorter side of the first picture that can be read, at most 160"
+    for file, _ in files:
+        with contextlib.suppress(Exception), Image.open(file) as image:
+            return min(160, *image.size)
+    return 160
+
+
+def _fingerprint(files: dict[str, _Labelled], root: Path, *what: object) -> str:
+    "Changes with the name, size or time of any file"
+    key = hashlib.sha256(repr((_FORMAT, *what)).encode())
+    for file, label in (*files["train"], *files["valid"]):
+        with contextlib.suppress(OSError):                       # _decode will say what is wrong with it
+            stat = file.stat()
+            name = file.relative_to(root).as_posix()
+            key.update(repr((name, label, stat.st_size, stat.st_mtime_ns)).encode())
+    return key.hexdigest()
+
+
+def image_folder(path: str | Path,
+                 train: str = "train",            # the folder in `path` with the classes for training
+                 valid: str = "valid",            # ... for validation; `val` is found, too
+                 valid_pct: float | None = None,  # instead: a share of the one folder, `train` or `path`
+                 seed: int | None = None,         # of that draw; None: 0, so that it is always the same
+                 size: int | None = 160,          # pixels, each way; None: as the first picture, up to 160
+                 ) -> ImageData:
+    """Pictures in class folders as [N, 3, size, size], decoded once into the data folder and mapped from
+    there; pictures that cannot be read are named and left out. ValueError, or NoDataError if nothing can be
+    written"""
+    path = Path(path).resolve()
+    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= 4096):
+        raise ValueError(f"size is {size!r}; it has to be a number of pixels from 1 to 4096.")
+    one = path / train if valid_pct is not None and (path / train).is_dir() else path
+    if valid == "valid" and not (path / valid).is_dir() and (path / "val").is_dir():
+        valid = "val"
+    for folder in [one] if valid_pct is not None else [path, path / train, path / valid]:
+        if not folder.is_dir():
+            raise ValueError(f"There is no folder {folder}; give image_folder a path with the folders "
+                             f"{train!r} and {valid!r}, or, for one folder of classes, valid_pct=.2.")
+    classes = _classes(one if valid_pct is not None else path / train)
+    if valid_pct is not None:
+        files = _split(_labelled(one, classes), valid_pct, seed or 0)
+    else:
+        if unknown := _classes(path / valid).keys() - classes.keys():
+            raise ValueError(f"{path / valid} has the class {min(unknown)!r}, which {train!r} does not have; "
+                             "give both the same classes.")
+        there = {name: label for name, label in classes.items() if (path / valid / name).is_dir()}
+        files = {"train": _labelled(path / train, classes), "valid": _labelled(path / valid, there)}
+    size = size or _shorter_side(files["train"])
+    key = _fingerprint(files, path, size)
+
+    def make(part: Path) -> None:
+        _decode(part, {"name": path.name, "classes": list(classes), "key": key}, size, files, path)
+    what = repr((str(path), train, valid, valid_pct, seed or 0, size))
+    name = f"{path.name}-{hashlib.sha256(what.encode()).hexdigest()[:12]}"
+    return _keep(Path("decoded", name), make, lambda folder: _open_decoded(folder, key))
+
+# %% ../nbs/01_datasets.ipynb #99992a2d
+def drawn_scenes(seed: int = 0) -> ImageData:
+    "6,000 and 2,000 drawn scenes of 64x64 in colour (`drawn.scenes`), kept in the data folder; no network"
+    return _draw_once("Imagenette", "scenes", _drawn_key(seed), lambda: drawn.scenes(seed=seed))
+
+
+def _decoded_imagenette(size: int) -> ImageData:
+    spec, kept = _IMAGENETTE, Path("decoded", f"{_IMAGENETTE.name}-{size}")
+    key = repr((_FORMAT, spec.counts))
+    for root in _roots():
+        if (data := _open_decoded(root / kept, key)) is not None:  # no look at any JPEG
+            return data
+
+    def read(root: Path) -> ImageData:
+        folder, labels = spec.read(root), {name: label for label, name in enumerate(spec.counts)}
+        files = {"train": _labelled(folder / "train", labels), "valid": _labelled(folder / "val", labels)}
+        about = {"name": "Imagenette", "classes": [spec.titles[name] for name in labels], "key": key}
+
+        def make(part: Path) -> None:
+            if damaged := _decode(part, about, size, files, folder):
+                raise _WrongFile(f"{spec.name} has a damaged photo, {damaged[0]}")
+        return _keep(kept, make, lambda folder: _open_decoded(folder, key))
+    return _real(spec, read)
+
+
+def imagenette(size: int = 160) -> ImageData:  # pixels, each way, at most 160: the middle square, scaled
+    """Imagenette, 9,469 and 3,925 photos in ten classes, [N, 3, size, size], decoded once and mapped; or
+    drawn scenes of 64x64 (`COURSE_SOURCE`), with a line that says which"""
+    if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= 160:
+        raise ValueError(f"size is {size!r}; the shorter side of these photos has 160 pixels, so take a "
+                         "number from 1 to 160.")
+    return _real_or_drawn(lambda: _decoded_imagenette(size), drawn_scenes, "Imagenette", "photos", "scenes")

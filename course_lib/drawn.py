@@ -2,14 +2,16 @@
 
 # %% auto #0
 __all__ = ['GLYPHS', 'CONTROLS', 'POSITIONS', 'STEADY', 'VARIED', 'WIDER', 'LEANING', 'PEN', 'CHUNK', 'TRAIN_COUNTS',
-           'VALID_COUNTS', 'spline_matrix', 'Glyphs', 'glyphs', 'Hand', 'hand_for', 'ink', 'draw_digits', 'digits']
+           'VALID_COUNTS', 'SCENE', 'SCENE_CHUNK', 'SCENE_HAND', 'DISTRACTORS', 'HEIGHTS', 'PENS', 'COLOURS',
+           'spline_matrix', 'Glyphs', 'glyphs', 'Hand', 'hand_for', 'ink', 'draw_digits', 'digits', 'draw_scenes',
+           'scenes']
 
 # %% ../nbs/appendix/drawn.ipynb #b8264bfe
 import contextlib
 import functools
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import torch
@@ -303,25 +305,38 @@ def _pictures(labels: torch.Tensor, hand: Hand, generator: torch.Generator) -> t
     radius = radius * (1 + hand.pressure * normal(n, 1) * torch.sin(2 * math.pi * along))
     return (ink(line, radius) * 255).round_().to(torch.uint8)
 
-# %% ../nbs/appendix/drawn.ipynb #111ff241
+# %% ../nbs/appendix/drawn.ipynb #e144f74e
+def _checked(labels: torch.Tensor, name: str) -> torch.Tensor:
+    "Labels as int64 [n] on the CPU; ValueError, in the name of the function that got them, if they are no digits"
+    labels = torch.as_tensor(labels).cpu()
+    if len(labels.shape) != 1 or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f"{name} needs whole numbers [n] as labels, but got {labels.dtype} of shape {list(labels.shape)}.")
+    labels = labels.long()
+    if (wrong := labels[(labels < 0) | (labels > 9)]).numel():
+        raise ValueError(f"{name} draws the digits 0 to 9, but among the labels is {int(wrong[0])}.")
+    return labels
+
+
+def _in_chunks(labels: torch.Tensor, seed: int,
+               draw: Callable[[torch.Tensor, torch.Generator], torch.Tensor],      # labels [chunk] -> uint8 [chunk, *shape]
+               chunk: int, shape: tuple[int, ...]) -> torch.Tensor:
+    "uint8 [n, *shape]: `draw` for whole chunks of labels, each with a generator of its own"
+    pictures = torch.empty(len(labels), *shape, dtype=torch.uint8, device="cpu")
+    with _plain_torch():
+        for number, part in enumerate(labels.split(chunk)):
+            generator = torch.Generator().manual_seed((1_000_003 * seed + number) % 2**32)
+            whole = F.pad(part, (0, chunk - len(part)))
+            pictures[number * chunk:(number + 1) * chunk] = draw(whole, generator)[:len(part)]
+    return pictures
+
+
 def draw_digits(labels: torch.Tensor,                       # whole numbers 0 to 9, [n]
                 seed: int = 0,
                 variation: float | Hand = 0.) -> torch.Tensor:      # 0: as difficult as MNIST; 1: most variety; or a Hand
     "Draw one picture for each label, uint8 [n, 28, 28]; a picture depends on the seed, its place and its label only"
-    labels = torch.as_tensor(labels).cpu()
-    if len(labels.shape) != 1 or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise ValueError(f"draw_digits needs whole numbers [n] as labels, but got {labels.dtype} of shape {list(labels.shape)}.")
-    labels = labels.long()
-    if (wrong := labels[(labels < 0) | (labels > 9)]).numel():
-        raise ValueError(f"draw_digits draws the digits 0 to 9, but among the labels is {int(wrong[0])}.")
+    labels = _checked(labels, "draw_digits")
     hand = variation if isinstance(variation, Hand) else hand_for(variation)
-    pictures = torch.empty(len(labels), 28, 28, dtype=torch.uint8, device="cpu")
-    with _plain_torch():
-        for number, part in enumerate(labels.split(CHUNK)):
-            generator = torch.Generator().manual_seed((1_000_003 * seed + number) % 2**32)
-            whole = F.pad(part, (0, CHUNK - len(part)))
-            pictures[number * CHUNK:(number + 1) * CHUNK] = _pictures(whole, hand, generator)[:len(part)]
-    return pictures
+    return _in_chunks(labels, seed, lambda whole, generator: _pictures(whole, hand, generator), CHUNK, (28, 28))
 
 # %% ../nbs/appendix/drawn.ipynb #4a873573
 TRAIN_COUNTS = (5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949)      # how often MNIST has 0, 1, ... 9
@@ -347,3 +362,73 @@ def digits(seed: int = 0,      # training pictures are drawn with the seed 2 * s
     generator = torch.Generator().manual_seed(seed)
     train_y, valid_y = _labels(TRAIN_COUNTS, generator, _PINNED), _labels(VALID_COUNTS, generator, {})
     return draw_digits(train_y, 2 * seed, variation), train_y, draw_digits(valid_y, 2 * seed + 1, variation), valid_y
+
+# %% ../nbs/appendix/drawn.ipynb #753a2d0c
+SCENE, SCENE_CHUNK = 64, 64       # pixels a side; how many scenes are drawn together
+
+
+def _background(n: int, generator: torch.Generator) -> torch.Tensor:
+    "Busy backgrounds [n, 3, SCENE, SCENE] in 0 to 1: noise of four sizes, stripes and a tone"
+    normal = functools.partial(torch.randn, generator=generator)
+    x = .6 * normal(n, 3, 1, 1) * _stripes(n, generator)
+    for cells in (2, 4, 8, 16):
+        x += 1.6 / math.sqrt(cells) * F.interpolate(normal(n, 3, cells, cells), size=SCENE, mode="bicubic")
+    return (.5 * x + 1.2 * normal(n, 3, 1, 1)).sigmoid()
+
+
+def _stripes(n: int, generator: torch.Generator) -> torch.Tensor:
+    "A wave of random direction, length and phase, [n, 1, SCENE, SCENE] in -1 to 1"
+    axis = torch.linspace(-1, 1, SCENE)
+    across, down = 12 * torch.randn(2, n, 1, 1, 1, generator=generator)
+    phase = 2 * math.pi * torch.rand(n, 1, 1, 1, generator=generator)
+    return torch.sin(across * axis + down * axis[:, None] + phase)
+
+# %% ../nbs/appendix/drawn.ipynb #6e760816
+SCENE_HAND = replace(STEADY, turn=10.)
+DISTRACTORS, HEIGHTS, PENS, COLOURS = 2, (.45, .8), (.04, .08), 6      # heights in pictures, radius of the pen in heights
+
+
+def _painted(x: torch.Tensor, cover: torch.Tensor, colour: torch.Tensor) -> torch.Tensor:
+    "Pictures [n, 3, h, w] after a stroke that covers [n, h, w] of them has been painted in a colour [n, 3]"
+    return x + cover[:, None] * (colour[:, :, None, None] - x)
+
+
+def _scenes(labels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    "uint8 [n, 3, SCENE, SCENE] for labels [n]"
+    n = len(labels)
+
+    def uniform(low: float, high: float, *shape: int) -> torch.Tensor:
+        return low + (high - low) * torch.rand(n, *shape, generator=generator)
+
+    x, through = _background(n, generator), spline_matrix(torch.ones(3), POSITIONS)
+    for _ in range(DISTRACTORS):
+        points = uniform(0, SCENE, 1, 2) + .25 * SCENE * torch.randn(n, 4, 2, generator=generator)
+        x = _painted(x, ink(through @ points, uniform(.6, 1.4, 1).expand(n, POSITIONS), SCENE, 1.), uniform(0, 1, 3))
+    line = _bent(_written(labels, SCENE_HAND, generator)[0], SCENE_HAND, generator)
+    line = line / (line.amax(1) - line.amin(1)).amax(1)[:, None, None]                          # the longer side is 1
+    height = SCENE * uniform(*HEIGHTS, 1)
+    line, radius = height[..., None] * line, height * uniform(*PENS, 1)                         # [n, P, 2], [n, 1]
+    low, high, margin = line.amin(1, True), line.amax(1, True), radius[..., None]
+    line = line - low + margin + uniform(0, 1, 1, 2) * (SCENE - 1 - 2 * margin - (high - low))
+    cover = ink(line, radius.expand(n, POSITIONS), SCENE, 1.)
+    below = (x * cover[:, None]).sum((2, 3)) / cover.sum((1, 2))[:, None]                       # [n, 3] mean colour
+    choice = uniform(0, 1, COLOURS, 3)
+    best = (choice - below[:, None]).norm(dim=-1).argmax(1)
+    return (_painted(x, cover, choice[torch.arange(n), best]) * 255).round_().to(torch.uint8)
+
+
+def draw_scenes(labels: torch.Tensor,                       # whole numbers 0 to 9, [n]
+                seed: int = 0) -> torch.Tensor:
+    "A digit anywhere in a busy colour picture for each label, uint8 [n, 3, 64, 64]; depends on seed, place and label only"
+    return _in_chunks(_checked(labels, "draw_scenes"), seed, _scenes, SCENE_CHUNK, (3, SCENE, SCENE))
+
+# %% ../nbs/appendix/drawn.ipynb #64ed092b
+def scenes(seed: int = 0,               # training pictures are drawn with the seed 2 * seed, validation pictures with 2 * seed + 1
+           n_train: int = 6000,
+           n_valid: int = 2000) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    "train_x uint8 [n_train, 3, 64, 64], train_y int64 [n_train], valid_x [n_valid, 3, 64, 64], valid_y [n_valid], classes alike"
+    if min(n_train, n_valid) < 0:
+        raise ValueError(f"scenes draws 0 or more pictures, but n_train is {n_train} and n_valid {n_valid}.")
+    generator = torch.Generator().manual_seed(seed)
+    train_y, valid_y = (_labels(tuple(len(range(d, n, 10)) for d in range(10)), generator, {}) for n in (n_train, n_valid))
+    return draw_scenes(train_y, 2 * seed), train_y, draw_scenes(valid_y, 2 * seed + 1), valid_y

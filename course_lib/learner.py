@@ -34,6 +34,7 @@ from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
 from .dataloader import DataLoaders, to_cpu, to_device
+from .datasets import to_rgb
 from .images import image2tensor, show_figure, show_images, subplots
 from .optim import AdamW
 from .settings import course_scale, default_device, in_notebook, random_state, set_random_state
@@ -965,21 +966,22 @@ def predict(self: Learner,
     like = self.dls.one_batch()[0]
     want = list(like.shape[1:])
     if isinstance(item, Image.Image):
-        item = image2tensor(item.convert("L" if want[0] == 1 else "RGB"))
+        item = image2tensor(item.convert("L") if want[0] == 1 else to_rgb(item))
     if not isinstance(item, Tensor):
         raise ValueError(f"predict takes a picture or a tensor, but got a {type(item).__name__}; open a "
                          "file with PIL's Image.open.")
     x = item if item.ndim == len(want) else item[None]                # [H, W] -> [1, H, W]
-    if list(x.shape) != want:
-        raise ValueError(f"predict takes an item of the shape {want}, as in the batches, but got "
-                         f"{list(item.shape)}; resize the picture first.")
     transform = getattr(self.dls.valid, "transform", None)
+    fits = x.ndim == len(want) and x.shape[0] == want[0]              # else no transform is asked
     x = x[None].to(self.device)
-    if x.dtype == torch.uint8 != like.dtype:
+    if fits and x.dtype == torch.uint8 != like.dtype:
         if transform is None:
             raise ValueError("predict got bytes, but the batches are float, and no transform of the "
                              "validation loader says how bytes become that; give the item as in a batch.")
-        x = transform(x)
+        x = transform(x)                                              # it may cut and scale
+    if list(x.shape[1:]) != want:
+        raise ValueError(f"predict takes an item of the shape {want}, as in the batches, but got "
+                         f"{list(item.shape)}; resize the picture first.")
     with evaluating(self.model):
         probs = activation_of(self.loss_func)(self.model(x))[0].cpu()
     index = probs.argmax() if len(probs) > 1 else (probs[0] > .5).long()

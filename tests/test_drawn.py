@@ -228,3 +228,81 @@ def test_ink_against_plain_distances():
     squares = (x[None, ..., None] - line[:, None, None, :, 0])**2 + (y[None, ..., None] - line[:, None, None, :, 1])**2
     want = (.5 - (squares - radius[:, None, None]**2).amin(-1) / (2 * .87 * radius.mean(1)[:, None, None])).clamp(0, 1)
     torch.testing.assert_close(got, want, atol=1e-3, rtol=0)
+
+
+def test_scenes_sizes_types_and_counts():
+    train_x, train_y, valid_x, valid_y = drawn.scenes(n_train=203, n_valid=40)
+    assert train_x.shape == (203, 3, 64, 64) and valid_x.shape == (40, 3, 64, 64) and train_x.is_contiguous()
+    assert train_x.dtype == valid_x.dtype == torch.uint8 and train_y.dtype == valid_y.dtype == torch.int64
+    assert train_y.bincount().tolist() == [21] * 3 + [20] * 7 and valid_y.bincount().tolist() == [4] * 10
+    assert (train_y[1:] != train_y[:-1]).float().mean() > .8                       # shuffled
+    assert train_x.equal(drawn.draw_scenes(train_y, 0)) and valid_x.equal(drawn.draw_scenes(valid_y, 1))
+    assert drawn.scenes(1, 10, 0)[0].equal(drawn.draw_scenes(drawn.scenes(1, 10, 0)[1], 2))
+    with pytest.raises(ValueError, match="n_train is -1"):
+        drawn.scenes(n_train=-1)
+
+
+SCENES_ELSEWHERE = """
+import hashlib, torch
+from course_lib.drawn import draw_scenes
+for threads in (1, 2):
+    torch.set_num_threads(threads)
+    print(hashlib.sha256(draw_scenes(torch.arange(150) % 10, seed=5).numpy().tobytes()).hexdigest())
+"""
+
+
+def test_scenes_are_the_same_in_a_new_process_and_with_one_or_two_threads(threads):
+    run = subprocess.run([sys.executable, "-c", SCENES_ELSEWHERE], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == [digest(drawn.draw_scenes(torch.arange(150) % 10, seed=5))] * 2
+
+
+def test_a_scene_depends_on_seed_place_and_label_only():
+    labels = torch.randint(10, (130,), generator=torch.Generator().manual_seed(0))
+    whole = drawn.draw_scenes(labels, seed=3)
+    for n in (0, 1, 63, 64, 129):
+        assert drawn.draw_scenes(labels[:n], seed=3).equal(whole[:n])
+    changed = labels.clone(); changed[70] = (labels[70] + 1) % 10
+    same = (drawn.draw_scenes(changed, seed=3) == whole).flatten(1).all(1)
+    assert not same[70] and same.sum() == 129
+    assert whole.flatten(1).unique(dim=0).shape[0] == 130 and not drawn.draw_scenes(labels, seed=4).equal(whole)
+
+
+def test_scenes_leave_the_random_state_alone_and_name_bad_labels():
+    torch.manual_seed(0); before = torch.get_rng_state()
+    reference = drawn.draw_scenes(torch.arange(10))
+    assert torch.get_rng_state().equal(before)
+    torch.set_default_dtype(torch.float64)
+    try: other = drawn.draw_scenes([*range(10)])
+    finally: torch.set_default_dtype(torch.float32)
+    assert other.equal(reference)
+    for labels in (torch.tensor([10]), torch.tensor([.5])):
+        with pytest.raises(ValueError, match="draw_scenes"):
+            drawn.draw_scenes(labels)
+
+
+def test_digits_of_scenes_are_inside_at_many_sizes_and_seen(monkeypatch):
+    covers = []
+    paint = drawn._painted
+    monkeypatch.setattr(drawn, "_painted", lambda x, cover, colour: covers.append((x, cover, colour)) or paint(x, cover, colour))
+    drawn.draw_scenes(torch.arange(64) % 10, seed=1)
+    below, cover, colour = covers[-1]                                              # the last stroke is the digit
+    frame = torch.cat([cover[:, 0], cover[:, -1], cover[:, :, 0], cover[:, :, -1]], 1)
+    assert frame.max() < .8                                                        # the pen may touch the frame, no more
+    rows, columns = (cover > .5).any(2).sum(1), (cover > .5).any(1).sum(1)
+    longer = torch.maximum(rows, columns)
+    assert longer.min() < 40 < 45 < longer.max() <= 64
+    middle = (cover.sum(1) * torch.arange(64.)).sum(1) / cover.sum((1, 2))         # anywhere: from left to right
+    assert middle.min() < 22 and middle.max() > 42
+    mean = (below * cover[:, None]).sum((2, 3)) / cover.sum((1, 2))[:, None]
+    assert (mean - colour).norm(dim=1).min() > .25                                 # in a colour that stands out
+
+
+def test_speed_of_scenes_on_one_thread(threads):
+    torch.set_num_threads(1)
+    labels = torch.arange(256) % 10
+    drawn.draw_scenes(labels[:1])
+    seconds = []
+    for _ in range(3):
+        start = time.process_time(); drawn.draw_scenes(labels); seconds.append(time.process_time() - start)
+    assert len(labels) / min(seconds) >= 500               # about 1,500 where it was written

@@ -47,7 +47,8 @@ from tqdm import tqdm
 
 import course_lib.learner as learner_module
 from course_lib import optim
-from course_lib.dataloader import DataLoader, DataLoaders, Normalize, batch_accuracy, mnist_loss
+from course_lib.dataloader import DataLoader, DataLoaders, Normalize, batch_accuracy, get_dls, mnist_loss
+from course_lib.datasets import ImageData
 from course_lib.learner import (EVENTS, Averages, Callback, CancelBatchException, CancelEpochException, CancelFitException,
                                 CancelTrainException, CancelValidException, ClassificationInterpretation, Hook, Hooks,
                                 Learner, Progress, Recorder, ShowGraph, TerminateOnNaN, accuracy, activation_of, error_rate, evaluating,
@@ -1540,6 +1541,22 @@ def test_predict(channels):
         learn.predict(Image.new("RGB", (7, 9)))
     with pytest.raises(ValueError, match=r"but got \[2, 6, 6\]"):
         learn.predict(torch.zeros(2, 6, 6))
+
+
+def test_predict_scales_a_photo_as_validation_does():
+    "Any size, upright as its EXIF data say, and never a random cut"
+    set_seed(0)
+    data = ImageData(torch.randint(0, 256, (12, 3, 8, 8), dtype=torch.uint8), torch.arange(12) % 3,
+                     torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8), torch.arange(6) % 3, ["cat", "dog", "eel"], "real", "pets")
+    learn = Learner(get_dls(4, data, size=6, augment=True, device="cpu"), net(3), progress=False)
+    photo = torch.randint(0, 256, (3, 20, 11), dtype=torch.uint8)
+    learn.model.eval()
+    with torch.no_grad():
+        wanted = learn.model(learn.dls.valid.transform(photo[None])).softmax(1)[0]
+    turned = Image.fromarray(photo.permute(1, 2, 0).numpy()).transpose(Image.Transpose.ROTATE_90)
+    turned.getexif()[0x0112] = 6                                      # "turn me by 90 degrees to the right"
+    for item in (photo, Image.fromarray(photo.permute(1, 2, 0).numpy()), turned):
+        torch.testing.assert_close(learn.predict(item)[2], wanted)
 
 
 def test_predict_without_a_transform():
