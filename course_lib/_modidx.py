@@ -83,8 +83,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'course_lib/batchnorm.py'),
                                       'course_lib.batchnorm.RandomShift.__repr__': ( 'batchnorm.html#randomshift.__repr__',
                                                                                      'course_lib/batchnorm.py'),
-                                      'course_lib.batchnorm.RandomShift.decode': ( 'batchnorm.html#randomshift.decode',
-                                                                                   'course_lib/batchnorm.py'),
                                       'course_lib.batchnorm.digit_learner': ('batchnorm.html#digit_learner', 'course_lib/batchnorm.py'),
                                       'course_lib.batchnorm.digit_net': ('batchnorm.html#digit_net', 'course_lib/batchnorm.py'),
                                       'course_lib.batchnorm.five_looks': ('batchnorm.html#five_looks', 'course_lib/batchnorm.py'),

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .conv import ConvLayer, sequential, windows
-from .dataloader import get_dls, to_cpu, to_device
+from .dataloader import Compose, get_dls, to_cpu, to_device
 from .datasets import ImageData
 from .learner import Callback, Learner, accuracy, evaluating
 from .settings import set_seed
@@ -110,27 +110,21 @@ def group_norm(x: Tensor,                     # [N, C, ...]
 
 # %% ../nbs/09_batchnorm.ipynb #0293d850
 class RandomShift:
-    """A loader's transform: moves every picture of a batch by up to `pixels` rows and columns, each its own
-    way; zeros come in. Draws from PyTorch's generator, so that `set_seed` repeats it"""
-    def __init__(self,
-                 pixels: int,
-                 after: Any = None):      # a transform to go on with, such as `Normalize`
+    """Moves every picture of a batch by up to `pixels` rows and columns, each its own way; zeros come in.
+    Draws from PyTorch's generator, so that `set_seed` repeats it"""
+    def __init__(self, pixels: int):
         if pixels < 0:
             raise ValueError(f"RandomShift got {pixels} pixels; give 0 or more.")
-        self.pixels, self.after = pixels, after
+        self.pixels = pixels
 
     def __call__(self, x: Tensor) -> Tensor:
         n, _, h, w = x.shape              # [N, C, H, W]
         rows, columns = torch.randint(2 * self.pixels + 1, (2, n)).to(x.device)
-        x = windows(F.pad(x, [self.pixels] * 4), (h, w))[torch.arange(n, device=x.device), :, rows, columns]
-        return x if self.after is None else self.after(x)
-
-    def decode(self, x: Tensor) -> Tensor:
-        "Undo what comes after the shift, to look at the pictures"
-        return self.after.decode(x) if hasattr(self.after, "decode") else x
+        shifts = windows(F.pad(x, [self.pixels] * 4), (h, w))     # [N, C, rows, columns, H, W]
+        return shifts[torch.arange(n, device=x.device), :, rows, columns]
 
     def __repr__(self) -> str:
-        return f"RandomShift({self.pixels})" + (f", {self.after}" if self.after is not None else "")
+        return f"RandomShift({self.pixels})"
 
 # %% ../nbs/09_batchnorm.ipynb #902c3bab
 class AverageWeights(Callback):
@@ -208,7 +202,7 @@ def digit_learner(data: ImageData,
     "A learner for digits: `digit_net`, shifted pictures, label smoothing, averaged weights; seeds everything"
     set_seed(seed)
     dls = get_dls(batch_size, data, seed=seed)
-    dls.train.transform = RandomShift(shift, after=dls.train.transform)
+    dls.train.transform = Compose([RandomShift(shift), dls.train.transform])
     return Learner(dls, digit_net(width, dls.c), partial(F.cross_entropy, label_smoothing=smoothing),
                    metrics=accuracy, cbs=AverageWeights(average), **kwargs)
 

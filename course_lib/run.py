@@ -421,11 +421,12 @@ def test_slow(args: list[str]) -> int:
     from course_lib.settings import data_path
     _say("The slow tests, then the notebooks on real pictures, then the benchmarks: 10 to 20 minutes.")
     code = _pytest(["tests", "-m", "slow", *args], test_environment(data_path()))
-    if (data_path() / "MNIST" / "raw").is_dir():
+    if all((data_path() / folder).is_dir() for folder in ("MNIST/raw", "imagenette2-160")):
         code = code or _pytest(["nbs", *args], test_environment(data_path(), COURSE_SOURCE="real"))
         code = code or bench([])
     else:
-        _say(f"Not run: the notebooks on real pictures and the benchmarks, for there is no MNIST in {data_path()} (make data fetches it).")
+        _say(f"Not run: the notebooks on real pictures and the benchmarks, for {data_path()} lacks MNIST or Imagenette (make data "
+             "fetches them).")
     return code
 
 
@@ -467,10 +468,11 @@ def clean(root: Path = ROOT) -> None:
 
 def data() -> None:
     "Fetch or draw the pictures now, so that the chapters find them"
-    from course_lib.datasets import mnist
+    from course_lib.datasets import imagenette, mnist
     from course_lib.settings import data_path
-    _say(f"Pictures are kept in {data_path()}; MNIST is a download of 11 MB.")
-    _say(repr(mnist()))
+    _say(f"Pictures are kept in {data_path()}; MNIST is a download of 11 MB, Imagenette of 100 MB (1 GB on the disk, decoded).")
+    for pictures in (mnist, imagenette):
+        _say(repr(pictures()))
 
 
 COMMANDS = {
