@@ -2,7 +2,6 @@
 import copy
 import math
 import pickle
-import time
 from itertools import product
 
 import pytest
@@ -21,14 +20,6 @@ from course_lib.learner import CancelEpochException, CancelFitException, Callbac
 LIMITS = {torch.float32: 1e-5, torch.float64: 1e-10}
 devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[
     pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")])])
-
-
-@pytest.fixture
-def seed() -> int:
-    seed = int(time.time() * 1e6) % 2**31
-    print("seed", seed)                     # pytest shows it when a test fails
-    torch.manual_seed(seed)
-    return seed
 
 
 def some(low: int, high: int) -> int:

@@ -1,6 +1,5 @@
 """course_lib.conv against torch.nn.functional.conv2d and known sizes; and what it says to bad input"""
 import itertools
-import time
 
 import pytest
 import torch
@@ -9,14 +8,6 @@ from torch import nn
 
 from course_lib.conv import (ConvLayer, Flatten, NormType, conv2d, conv_size, noop, receptive_field, sequential,
                              simple_cnn, windows)
-
-
-@pytest.fixture
-def seed() -> int:
-    seed = int(time.time() * 1e6) % 2**31
-    print("seed", seed)  # pytest shows it when a test fails
-    torch.manual_seed(seed)
-    return seed
 
 
 def number(low: int, high: int) -> int:

@@ -653,15 +653,20 @@ def test_untar_data_on_a_full_disk(root, few, monkeypatch):
     assert "the disk is full" in one_sentence(error) and left(root) == before
 
 
-def test_untar_data_beside_a_folder_that_is_for_reading_only(root, few, monkeypatch, tmp_path):
-    monkeypatch.setenv("COURSE_SOURCE", "drawn")
+def refuse_writing(monkeypatch, root: Path, why: int) -> None:
+    "Whoever wants to write to `root` gets the OSError `why`"
     workshop = datasets._workshop
 
     def refusing(folder, *rest, **kwargs):
         if root in (folder, *folder.parents):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            raise OSError(why, os.strerror(why))
         return workshop(folder, *rest, **kwargs)
     monkeypatch.setattr(datasets, "_workshop", refusing)
+
+
+def test_untar_data_beside_a_folder_that_is_for_reading_only(root, few, monkeypatch, tmp_path):
+    monkeypatch.setenv("COURSE_SOURCE", "drawn")
+    refuse_writing(monkeypatch, root, errno.EACCES)
     path = datasets.untar_data(URLs.MNIST_SAMPLE)
     assert path.parent == tmp_path / "own" / "drawn" and (path / "labels.csv").exists() and not root.exists()
 

@@ -19,7 +19,7 @@ from PIL import Image
 
 from course_lib import datasets
 from course_lib.datasets import ImageData, NoDataError, image_folder, imagenette, to_rgb
-from test_datasets import GIVEN, alone, full_disk, left, one_sentence, parts, root  # noqa: F401  (fixtures)
+from test_datasets import GIVEN, alone, full_disk, left, one_sentence, parts, refuse_writing, root  # noqa: F401  (fixtures)
 
 
 def picture(seed: int, size: tuple[int, int] = (40, 30), mode: str = "RGB") -> Image.Image:
@@ -385,13 +385,7 @@ def test_full_disk(folder, root, monkeypatch):
 
 
 def test_a_data_folder_for_reading_only(folder, root, monkeypatch, tmp_path):
-    workshop = datasets._workshop
-
-    def refusing(place, *rest, **kwargs):
-        if root in (place, *place.parents):
-            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-        return workshop(place, *rest, **kwargs)
-    monkeypatch.setattr(datasets, "_workshop", refusing)
+    refuse_writing(monkeypatch, root, errno.EROFS)
     first = image_folder(folder, size=8)
     assert len(decoded(tmp_path / "own")) == 3 and not root.exists()
     monkeypatch.setattr(datasets, "_square", None)

@@ -8,17 +8,10 @@ from course_lib.dataloader import DataLoader, DataLoaders, get_dls, init_params,
 from course_lib.datasets import mnist, three_or_seven
 from course_lib.learner import Callback, CancelBatchException, Learner, accuracy
 from course_lib.optim import SGD, Adam
-from course_lib.settings import data_path, set_seed
+from course_lib.settings import set_seed
 from course_lib.similarity import class_means, mnist_distance, rms_distance
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True)
-def real_pictures(monkeypatch):
-    if not (data_path() / "MNIST" / "raw").is_dir():
-        pytest.skip("MNIST is not in the data folder")
-    monkeypatch.setenv("COURSE_SOURCE", "real")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("real_pictures")]
 
 
 def pictures(x: torch.Tensor) -> torch.Tensor:

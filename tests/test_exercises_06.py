@@ -12,16 +12,13 @@ from course_lib.conv import ConvLayer, Flatten, conv_size, sequential
 from course_lib.dataloader import get_dls
 from course_lib.datasets import three_or_seven
 from course_lib.learner import Learner, accuracy
-from course_lib.settings import data_path, set_seed
+from course_lib.settings import set_seed
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def real(monkeypatch):
-    if not (data_path() / "MNIST" / "raw").is_dir():
-        pytest.skip("MNIST is not in the data folder")
-    monkeypatch.setenv("COURSE_SOURCE", "real")
+def real(real_pictures):
     return three_or_seven()
 
 

@@ -9,16 +9,9 @@ from course_lib.conv import simple_cnn
 from course_lib.dataloader import get_dls
 from course_lib.datasets import mnist
 from course_lib.learner import Callback, Learner
-from course_lib.settings import data_path, set_seed
+from course_lib.settings import set_seed
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True)
-def real_pictures(monkeypatch):
-    if not (data_path() / "MNIST" / "raw").is_dir():
-        pytest.skip("MNIST is not in the data folder")
-    monkeypatch.setenv("COURSE_SOURCE", "real")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("real_pictures")]
 
 
 def watched(seed: int, batches: int, cbs) -> Learner:

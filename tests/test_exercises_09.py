@@ -15,14 +15,11 @@ from course_lib.dataloader import DataLoader, DataLoaders, get_dls
 from course_lib.datasets import mnist
 from course_lib.learner import Hook, Hooks, Learner, accuracy, evaluating
 from course_lib.optim import SGD
-from course_lib.settings import data_path, set_seed
+from course_lib.settings import set_seed
 
 
 @pytest.fixture
-def digits(monkeypatch):
-    if not (data_path() / "MNIST" / "raw").is_dir():
-        pytest.skip("MNIST is not in the data folder")
-    monkeypatch.setenv("COURSE_SOURCE", "real")
+def digits(real_pictures):
     return mnist()
 
 

@@ -27,14 +27,6 @@ each_setting = pytest.mark.parametrize(("name", "kw"), SETTINGS, ids=[f"{n}-{i}"
 SHAPES = [(), (1,), (7,), (3, 4), (8, 3, 5, 5), (70_000,), (0,), (100, 300)]
 
 
-@pytest.fixture
-def seed() -> int:
-    seed = int(time.time() * 1e6) % 2**31
-    print("seed", seed)  # pytest shows it when a test fails
-    torch.manual_seed(seed)
-    return seed
-
-
 def leaves(shapes=SHAPES, dtype=torch.float32, device="cpu") -> list[torch.Tensor]:
     "Random parameters; those of four axes are channels-last, those of two are transposed views with strides of their own"
     params = []

@@ -2,7 +2,6 @@
 import copy
 import math
 import random
-import time
 from functools import partial
 
 import numpy as np
@@ -20,14 +19,6 @@ from course_lib.settings import set_seed
 from killed_run import loaders, net
 
 ANNEALERS = [sched_no, sched_lin, sched_cos, sched_exp]
-
-
-@pytest.fixture
-def seed() -> int:
-    seed = int(time.time() * 1e6) % 2**31
-    print("seed", seed)  # pytest shows it when a test fails
-    set_seed(seed)
-    return seed
 
 
 ADAMW = partial(optim.AdamW, betas=(.9, .99))
