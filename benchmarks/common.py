@@ -1,11 +1,17 @@
-"""What the benchmarks share: interleaved rounds, ratios with their spread, a line that names the hardware."""
+"""What benchmarks and examples share: interleaved rounds, ratios and means with their spread, a line that names the hardware,
+pictures held out for choosing, files of results."""
+import dataclasses
+import json
 import os
 import platform
 import time
 from collections.abc import Callable
-from statistics import median
+from pathlib import Path
+from statistics import fmean, median, stdev
 
 import torch
+
+from course_lib.datasets import ImageData
 
 
 def environment() -> str:
@@ -46,3 +52,25 @@ def print_table(rows: list[tuple], head: tuple) -> None:
     print("|" + " --- |" * len(head))
     for row in rows:
         print("| " + " | ".join(str(c) for c in row) + " |")
+
+
+def mean_and_spread(values: list[float]) -> str:
+    "For a table; one value has no spread"
+    return f"{fmean(values):.4f}" + (f" ± {stdev(values):.4f}" if len(values) > 1 else "")
+
+
+def held_out(data: ImageData) -> ImageData:
+    "The last 10,000 training pictures for validation, the others for training: what is chosen is chosen without the test set"
+    return dataclasses.replace(data, train_x=data.train_x[:-10_000], train_y=data.train_y[:-10_000],
+                               valid_x=data.train_x[-10_000:], valid_y=data.train_y[-10_000:])
+
+
+def read_results(file: Path) -> dict:
+    "The parts of a file of results; none if there is no file yet"
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def write_results(file: Path, part: str, found: dict) -> None:
+    "Put one part into a file of results; the others stay"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps({**read_results(file), part: found}, indent=1) + "\n")

@@ -10,17 +10,16 @@ after the last step. `--write` puts the rows into results/drawn_transfer.json, w
 """
 import argparse
 import dataclasses
-import json
 import sys
 import time
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from common import environment, print_table
+from common import environment, mean_and_spread, print_table, write_results
 from course_lib.conv import NormType, simple_cnn
 from course_lib.datasets import mnist
 from course_lib.drawn import STEADY, VARIED, Hand, digits, draw_digits
@@ -91,10 +90,6 @@ def train(setting: Setting, seed: int, data, score: str, device: torch.device) -
     return accuracy(model, valid_x.to(device), valid_y.to(device)), accuracy(model, x.to(device), y.to(device)), seconds
 
 
-def spread(values: list[float]) -> str:
-    return f"{fmean(values):.4f}" + (f" ± {stdev(values):.4f}" if len(values) > 1 else "")
-
-
 def real_mnist():
     "The real MNIST; where only drawn digits are in use, the benchmark says so and is left out"
     data = mnist()
@@ -129,15 +124,14 @@ def main() -> None:
                      f"real_{score}": [round(a, 5) for a in real], "seconds": round(fmean(seconds), 1)})
         if score == "test" and not args.epochs and fmean(real) < setting.least:
             missed.append(f"{setting.name}: {fmean(real):.4f} is below {setting.least}")
-        print(f"{setting.name}: {spread(real)}", file=sys.stderr, flush=True)
-    print_table([(r["name"], r["epochs"], spread(r["drawn_valid"]), spread(r[f"real_{score}"]), f"{r['seconds']:.0f}") for r in rows],
+        print(f"{setting.name}: {mean_and_spread(real)}", file=sys.stderr, flush=True)
+    print_table([(r["name"], r["epochs"], mean_and_spread(r["drawn_valid"]), mean_and_spread(r[f"real_{score}"]), f"{r['seconds']:.0f}")
+                 for r in rows],
                 ("trained on", "epochs", "drawn validation", f"real MNIST, {score} set", "CPU seconds a run"))
     print(f"\n{len(args.seeds)} seeds; {environment()}")
     if args.write:
-        known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        known["parts" if args.parts else "settings"] = {"rows": rows, "seeds": args.seeds, "scored_on": score, "environment": environment()}
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(known, indent=1) + "\n")
+        write_results(RESULTS, "parts" if args.parts else "settings",
+                      {"rows": rows, "seeds": args.seeds, "scored_on": score, "environment": environment()})
     if missed:
         sys.exit("\n".join(missed))
 

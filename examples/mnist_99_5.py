@@ -10,18 +10,16 @@ answer: building, training, validation after each epoch and the five looks at ea
 quiet: the load average at the start of each run is kept beside them.
 """
 import argparse
-import json
 import os
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-from common import environment, print_table  # noqa: E402
+from common import environment, held_out, mean_and_spread, print_table, write_results  # noqa: E402
 
 import course_lib.schedule  # noqa: E402, F401  (gives the Learner its fit_one_cycle)
 from course_lib.batchnorm import digit_learner, five_looks  # noqa: E402
@@ -35,11 +33,6 @@ PARTS = {"all of it": {}, "pictures that stay": {"shift": 0}, "hard labels": {"s
          "half as wide": {"width": 16}}
 
 
-def held_out(data: ImageData, n: int = 10_000) -> ImageData:
-    "The same without the test set: its last `n` training pictures take that place"
-    return replace(data, train_x=data.train_x[:-n], train_y=data.train_y[:-n], valid_x=data.train_x[-n:], valid_y=data.train_y[-n:])
-
-
 def run(data: ImageData, seed: int, epochs: int, **settings) -> dict:
     "Train and score once; accuracies of five looks and of one, seconds"
     load, start, cpu = os.getloadavg()[0], time.perf_counter(), time.process_time()
@@ -49,10 +42,6 @@ def run(data: ImageData, seed: int, epochs: int, **settings) -> dict:
     right = (preds.argmax(1) == targets).float().mean().item()
     return {"seed": seed, "accuracy": round(right, 4), "one_look": round(learn.recorder.values[-1][-1], 4),
             "wall_s": round(time.perf_counter() - start, 1), "cpu_s": round(time.process_time() - cpu, 1), "load": round(load, 1)}
-
-
-def spread(values: list[float]) -> str:
-    return f"{fmean(values):.4f}" + (f" ± {stdev(values):.4f}" if len(values) > 1 else "")
 
 
 def main() -> None:
@@ -78,17 +67,14 @@ def main() -> None:
         for seed in args.seeds:
             results[name].append(run(data, seed, args.epochs, **settings))
             print(name, results[name][-1], file=sys.stderr, flush=True)
-    print_table([(name, spread([r["accuracy"] for r in rows]), spread([r["one_look"] for r in rows]),
+    print_table([(name, mean_and_spread([r["accuracy"] for r in rows]), mean_and_spread([r["one_look"] for r in rows]),
                   f"{fmean(r['wall_s'] for r in rows):.0f}", f"{fmean(r['cpu_s'] for r in rows):.0f}") for name, rows in results.items()],
                 (f"{len(args.seeds)} seed(s), {'test set' if what == 'test' else 'held-out training pictures'}", "accuracy, five looks",
                  "one look", "wall s", "CPU s"))
     print(f"\n{environment()}")
     if args.write:
-        known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        known[what] = {"runs": results if args.parts else results["all of it"], "epochs": args.epochs, "rate": RATE,
-                       "source": data.source, "environment": environment()}
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(known, indent=1) + "\n")
+        write_results(RESULTS, what, {"runs": results if args.parts else results["all of it"], "epochs": args.epochs, "rate": RATE,
+                                      "source": data.source, "environment": environment()})
     if what == "test" and (mean := fmean(r["accuracy"] for r in results["all of it"])) < GOAL:
         sys.exit(f"The mean, {mean:.4f}, is below {GOAL}.")
 

@@ -9,8 +9,6 @@ budgets: 1cycle in 1 to 5 epochs beside constant rates after 1 to 10; of those t
 `--write` puts the rows into results/schedules.json, which chapter 08 shows.
 """
 import argparse
-import dataclasses
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -26,7 +24,7 @@ from course_lib.settings import set_seed
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from common import environment, print_table  # noqa: E402
+from common import environment, held_out, print_table, read_results, write_results  # noqa: E402
 
 RESULTS = ROOT / "results" / "schedules.json"
 RATES = [.004, .01, .025, .06, .15]
@@ -57,12 +55,6 @@ def train(schedule: Schedule, data: ImageData, seed: int, n_epoch: int) -> list[
     learn = Learner(get_dls(BATCH, data, seed=seed), simple_cnn(), metrics=accuracy, progress=False)
     learn.fit(n_epoch, schedule=schedule)
     return [round(values[2], 4) for values in learn.recorder.values]
-
-
-def held_out(data: ImageData) -> ImageData:
-    "The last 10,000 training pictures for validation, the others for training"
-    return dataclasses.replace(data, train_x=data.train_x[:-10_000], train_y=data.train_y[:-10_000],
-                               valid_x=data.train_x[-10_000:], valid_y=data.train_y[-10_000:])
 
 
 def rates(data: ImageData, known: dict) -> list[dict]:
@@ -102,7 +94,7 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", default=list(PARTS), help=f"of {', '.join(PARTS)}; all if not given")
     parser.add_argument("--write", action="store_true", help=f"put the rows into results/{RESULTS.name}")
     args = parser.parse_args()
-    data, known = mnist(), json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    data, known = mnist(), read_results(RESULTS)
     for part in args.parts:
         start = time.process_time()
         rows = PARTS[part](data, known)
@@ -112,8 +104,7 @@ def main() -> None:
                      for r in rows], ("schedule", "peak rate", "epochs", "accuracy", "spread"))
         print(f"\n{part}: {len(rows[0]['accuracy'])} seeds, {seconds:.0f} s; {environment()}\n", flush=True)
         if args.write:
-            RESULTS.parent.mkdir(exist_ok=True)
-            RESULTS.write_text(json.dumps(known, indent=1) + "\n")
+            write_results(RESULTS, part, known[part])
 
 
 if __name__ == "__main__":
