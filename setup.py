@@ -8,7 +8,7 @@ root = Path(__file__).parent
 ini = ConfigParser(delimiters=["="])
 ini.read(root / "settings.ini", encoding="utf-8")
 cfg = ini["DEFAULT"]
-lab = cfg["lab_requirements"].split()
+lab, scale = cfg["lab_requirements"].split(), cfg["scale_requirements"].split()
 
 setup(
     name=cfg["lib_name"],
@@ -22,5 +22,6 @@ setup(
     packages=["course_lib"],
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={"lab": lab, "dev": lab + cfg["dev_requirements"].split(), "bench": cfg["bench_requirements"].split()},
+    extras_require={"lab": lab, "scale": scale, "dev": lab + scale + cfg["dev_requirements"].split(),
+                    "bench": cfg["bench_requirements"].split()},
 )

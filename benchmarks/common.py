@@ -5,13 +5,14 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean, median, stdev
 
 import torch
 
 from course_lib.datasets import ImageData
+from course_lib.learner import Learner
 
 
 def environment() -> str:
@@ -74,3 +75,24 @@ def write_results(file: Path, part: str, found: dict) -> None:
     "Put one part into a file of results; the others stay"
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps({**read_results(file), part: found}, indent=1) + "\n")
+
+
+def measured_fit(learn: Learner, fit: Callable[[], None]) -> dict:
+    "Run `fit`, which trains `learn` with accuracy as its metric: figures of each epoch, seconds, size of the model, where it ran"
+    load, start, cpu = os.getloadavg()[0], time.perf_counter(), time.process_time()
+    fit()
+    wall, cpu = time.perf_counter() - start, time.process_time() - cpu
+    train, valid, accuracies = zip(*([round(v, 4) for v in values] for values in learn.recorder.values), strict=True)
+    return {"accuracy": accuracies, "train_loss": train, "valid_loss": valid, "wall_s": round(wall, 1), "cpu_s": round(cpu, 1),
+            "load": round(load, 1), "params": sum(p.numel() for p in learn.model.parameters()), "device": str(learn.device),
+            "environment": environment()}
+
+
+def add_run(file: Path, row: dict, same: Sequence[str]) -> None:
+    "Put a run into the list `runs` of a file of results, at once and whole; one that agrees in all of `same` is replaced"
+    rows = [r for r in read_results(file).get("runs", []) if any(r[k] != row[k] for k in same)]
+    rows = sorted([*rows, row], key=lambda r: [str(r[k]) for k in same])
+    file.parent.mkdir(exist_ok=True)
+    part = file.with_suffix(".part")
+    part.write_text('{"runs": [\n  ' + ",\n  ".join(map(json.dumps, rows)) + "\n]}\n")
+    part.replace(file)

@@ -403,7 +403,7 @@ def _workers() -> int:
 def _pytest(args: list[str], env: dict[str, str]) -> int:
     start = time.perf_counter()
     shape = ["-n", str(n), "--dist", "loadfile"] if (n := _workers()) > 1 else []
-    command = [sys.executable, "-m", "pytest", "-q", "--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=600",
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", "--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=600",
                "--nbval-kernel-startup-timeout=180", *shape, *args]
     code = subprocess.run(command, cwd=ROOT, env=env).returncode
     _say(f"Tests took {time.perf_counter() - start:.0f} s.")

@@ -2,10 +2,11 @@
 
 # %% auto #0
 __all__ = ['Figure', 'course_scale', 'course_source', 'data_path', 'pick', 'expect', 'result_number', 'record', 'in_notebook',
-           'set_seed', 'random_state', 'set_random_state', 'default_device']
+           'load_results', 'set_seed', 'random_state', 'set_random_state', 'default_device']
 
 # %% ../nbs/appendix/settings.ipynb #3d5fd404
 import functools
+import json
 import os
 import random
 from collections.abc import Sequence
@@ -103,6 +104,16 @@ def in_notebook() -> bool:
     except ImportError:
         return False
     return getattr(get_ipython(), "kernel", None) is not None
+
+# %% ../nbs/appendix/settings.ipynb #f30fdc91
+def load_results(name: str) -> Any:      # of a file, such as "schedules.json"
+    "What a long run kept in `results/name`, in the working folder or in one above it"
+    above = (Path.cwd(), *Path.cwd().parents)
+    file = next((p for folder in above if (p := folder / "results" / name).is_file()), None)
+    if file is None:
+        raise FileNotFoundError(f"Neither {Path.cwd()} nor a folder above it has a results/{name}; "
+                                "start the notebook from within the course's folder.")
+    return json.loads(file.read_text(encoding="utf-8"))
 
 # %% ../nbs/appendix/settings.ipynb #abc7f856
 def set_seed(seed: int) -> None:

@@ -341,7 +341,7 @@ def test_no_host_synchronisation():
     assert layer.kept.device.type == "meta"
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 def test_cuda_agrees_and_does_not_wait():
     torch.manual_seed(0)
     model, dls = simple_cnn().cuda(), digits_like()

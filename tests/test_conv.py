@@ -236,7 +236,6 @@ def test_bad_input_gets_a_sentence(call, text):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_equals_torch_on_a_gpu(seed):
     for _ in range(50):
         x, weight, bias, settings = case(device="cuda")

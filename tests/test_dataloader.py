@@ -449,7 +449,6 @@ def test_to_device_and_to_cpu():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_same_batches_on_a_gpu(tiny):
     cpu, gpu = (get_dls(8, tiny, seed=0, device=d) for d in ("cpu", "cuda"))
     assert gpu.train.tensors[0].is_cuda and gpu.device.type == "cuda"

@@ -15,7 +15,7 @@ from course_lib import dataloader
 from course_lib.dataloader import (Compose, DataLoader, DataLoaders, ImageDataLoaders, Normalize, RandomResizedCrop, ResizeCrop,
                                    crop_resize, get_dls, pixel_stats)
 from course_lib.datasets import ImageData, mnist
-from course_lib.settings import data_path, default_device, set_seed
+from course_lib.settings import data_path, set_seed
 from test_datasets import GIVEN, alone  # noqa: F401  (a fixture: an empty data folder)
 
 
@@ -349,9 +349,7 @@ def test_the_benchmark_runs_on_drawn_pictures():
 
 @pytest.mark.gpu
 def test_the_same_crops_on_a_gpu(rng):
-    if (device := default_device()).type == "cpu":
-        pytest.skip("needs a GPU")
-    data = colour(24, 40)
+    device, data = torch.device("cuda"), colour(24, 40)
     batches = {}
     for d in ("cpu", device):
         set_seed(1)

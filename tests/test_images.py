@@ -19,8 +19,6 @@ import matplotlib.pyplot as plt
 from course_lib import images
 from course_lib.images import STYLE, image2tensor, pixel_table, show_figure, show_image, show_images, subplots, tensor
 
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else []), *(["mps"] if torch.backends.mps.is_available() else [])]
-
 
 @pytest.fixture(autouse=True)
 def quiet_and_tidy(caplog, capfd):
@@ -65,7 +63,6 @@ def test_tensor_of_nested_lists_is_torch_tensor(seed):
     assert torch.equal(tensor(lists, dtype=torch.float64), torch.tensor(lists, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("device", DEVICES)
 def test_tensor_passes_on_dtype_and_device(device):
     for x in (tensor(1, 2, dtype=torch.float16, device=device), tensor([picture("L")] * 2, dtype=torch.float16, device=device)):
         assert x.dtype == torch.float16 and x.device.type == device
@@ -124,25 +121,25 @@ def test_image2tensor(mode, channels):
 
 # show_image
 
-def grey_forms():
+def grey_forms(device):
     x = torch.arange(20, dtype=torch.uint8).view(4, 5) * 10
     wide = torch.zeros(8, 10, dtype=torch.uint8); wide[::2, ::2] = x
     return x, [x, x[None], x[..., None], x.numpy(), Image.fromarray(x.numpy()), x.tolist(), wide[::2, ::2], x.T.contiguous().T,
-               *(x.to(device) for device in DEVICES)]
+               x.to(device)]
 
 
-def test_show_image_draws_every_form_of_a_grey_picture_alike():
-    x, forms = grey_forms()
+def test_show_image_draws_every_form_of_a_grey_picture_alike(device):
+    x, forms = grey_forms(device)
     for im in forms:
         ax = show_image(im)
         assert (drawn(ax) == x.numpy()).all() and ax.images[0].get_cmap().name == "Greys" and not ax.axison
 
 
-def test_show_image_draws_every_form_of_a_colour_picture_alike():
+def test_show_image_draws_every_form_of_a_colour_picture_alike(device):
     im = picture("RGB")
     hwc = torch.from_numpy(np.array(im))
     forms = [im, hwc, hwc.numpy(), hwc.permute(2, 0, 1), image2tensor(im).contiguous(), hwc.long(), hwc.permute(2, 0, 1).to(torch.int32)]
-    for form in [*forms, *(hwc.to(device) for device in DEVICES)]:
+    for form in [*forms, hwc.to(device)]:
         assert (drawn(show_image(form)) == hwc.numpy()).all()
     np.testing.assert_allclose(drawn(show_image(hwc.float() / 255)), hwc.numpy() / 255, atol=1e-6)
     rgba = tensor(picture("RGBA"))
@@ -241,7 +238,6 @@ def test_show_images_refuses():
 
 # pixel_table
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool, torch.float32, torch.float16, torch.bfloat16])
 def test_pixel_table_holds_the_numbers(device, dtype):
     x = (torch.arange(12).view(3, 4) * 20).to(dtype).to(device)

@@ -242,7 +242,6 @@ def test_no_number_of_a_batch_is_asked_for(opt):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_gpu_is_not_waited_for():
     "The driver itself is told to refuse: no step may synchronise"
     class Strict(Callback):
@@ -261,12 +260,9 @@ def test_a_gpu_is_not_waited_for():
     Learner(dls, net(), metrics=accuracy, progress=False).fit(2, schedule=schedule, cbs=Strict)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("device", ["cuda", "mps"])
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu), pytest.param("mps", marks=pytest.mark.gpu("mps"))])
 @pytest.mark.parametrize("data", ["ours", "list"])
 def test_trains_on_a_gpu(device, data):
-    if not (torch.cuda.is_available() if device == "cuda" else torch.backends.mps.is_available()):
-        pytest.skip(f"no {device} device")
     learn = learner_of(data, device=device)
     learn.fit(2)
     assert all(p.device.type == device for p in learn.model.parameters()) and learn.recorder.values[-1][2] > .4

@@ -131,7 +131,6 @@ def test_chunks_lose_nothing(seed):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @each_setting
 def test_equals_torch_on_a_gpu_without_waiting_for_it(name, kw, seed):
     ours = leaves(device="cuda") + leaves([(3,)])  # one on the CPU among them

@@ -15,7 +15,8 @@ import torch
 from course_lib.run import COMMANDS, ROOT, notebooks, read_notebook, results_table, with_results
 
 MODULES = sorted(p.stem for p in (ROOT / "course_lib").glob("*.py") if not p.stem.startswith("_"))
-DRAW = {"images", "similarity", "datasets", "dataloader", "learner", "activations", "schedule", "batchnorm"}     # import matplotlib too
+# import matplotlib too
+DRAW = {"images", "similarity", "datasets", "dataloader", "learner", "activations", "schedule", "batchnorm", "resnet", "scale"}
 
 
 def settings() -> configparser.SectionProxy:
