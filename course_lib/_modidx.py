@@ -522,6 +522,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'course_lib/resnet.py'),
                                    'course_lib.resnet.GrowingCrops.before_epoch': ( 'resnets.html#growingcrops.before_epoch',
                                                                                     'course_lib/resnet.py'),
+                                   'course_lib.resnet.GrowingCrops.cleanup': ('resnets.html#growingcrops.cleanup', 'course_lib/resnet.py'),
                                    'course_lib.resnet.Muon': ('resnets.html#muon', 'course_lib/resnet.py'),
                                    'course_lib.resnet.Muon.__init__': ('resnets.html#muon.__init__', 'course_lib/resnet.py'),
                                    'course_lib.resnet.Muon.update': ('resnets.html#muon.update', 'course_lib/resnet.py'),

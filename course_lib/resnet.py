@@ -46,7 +46,8 @@ def conv_block(ni: int,                 # channels in
     if expansion == 1:
         return sequential(layer(ni, nf, stride=stride), ConvLayer(nf, nf, **last))
     inner = nf // expansion
-    return sequential(layer(ni, inner, 1), layer(inner, inner, stride=stride), ConvLayer(inner, nf, 1, **last))
+    return sequential(layer(ni, inner, 1), layer(inner, inner, stride=stride),
+                      ConvLayer(inner, nf, 1, **last))
 
 
 class ResBlock(nn.Module):
@@ -99,11 +100,13 @@ class ResNet(nn.Sequential):
                  expansion: int = 1,         # 4: bottlenecks, and four times the channels between them
                  channels: int = 3,          # of the pictures
                  stem: str = "deep",         # as in `resnet_stem`
+                 widths: Sequence[int] = WIDTHS,     # channels of the groups, before the expansion
                  act_cls: Callable[[], nn.Module] = nn.ReLU,
                  **kwargs: Any):             # for `ResBlock`: shortcut, zero_norm
-        if len(layers) != len(WIDTHS) or min(layers) < 1:
-            raise ValueError(f"layers is {list(layers)}; give the number of blocks in each of four groups.")
-        sizes = [64, *(width * expansion for width in WIDTHS)]
+        if len(layers) != len(widths) or min(layers, default=0) < 1:
+            raise ValueError(f"layers is {list(layers)}; give the number of blocks in each of "
+                             f"{len(widths)} groups.")
+        sizes = [64, *(width * expansion for width in widths)]
         kwargs.update(expansion=expansion, act_cls=act_cls)
         groups = [self._group(ni, nf, n, 1 if i == 0 else 2, **kwargs)
                   for i, (ni, nf, n) in enumerate(zip(sizes, sizes[1:], layers, strict=False))]
@@ -175,8 +178,8 @@ def costs(model: nn.Module,
 
 # %% ../nbs/10_resnets.ipynb #dfd57192
 class SqueezeExcite(nn.Module):
-    """Multiplies each channel by a factor between 0 and 1, computed from the means of all channels: [N, nf, H, W]
-    of the same shape (J. Hu et al., 1709.01507)"""
+    """Multiplies each channel by a factor between 0 and 1, computed from the means of all channels:
+    [N, nf, H, W], and so is what comes out (J. Hu et al., 1709.01507)"""
     def __init__(self, nf: int, reduction: int = 16):        # nf / reduction numbers inside, at least 8
         super().__init__()
         inner = max(8, nf // reduction)
@@ -209,8 +212,8 @@ def orthogonalize(x: Tensor, steps: int = 5) -> Tensor:
 
 # %% ../nbs/10_resnets.ipynb #0620a8ef
 class Muon(AdamW):
-    """AdamW, but parameters with two axes or more, seen as matrices [out, all others], step by `lr` along their
-    orthogonalized momentum: torch.optim.Muon also for convolutions (K. Jordan et al., 2024)
+    """AdamW, but parameters with two axes or more, seen as matrices [out, all others], step by `lr` along
+    their orthogonalized momentum: torch.optim.Muon also for convolutions (K. Jordan et al., 2024)
 
     The momentum is the first beta. Weight decay is for matrices only."""
     def __init__(self, params: Iterable[Tensor] | Iterable[dict[str, Any]],
@@ -240,7 +243,7 @@ class Muon(AdamW):
 
 # %% ../nbs/10_resnets.ipynb #54929a4b
 class GrowingCrops(Callback):
-    "Sets the size of the training crops before each epoch: from `small` to `size`, reached after 60 % of them"
+    "Sets the size of the crops before each epoch: from `small` to `size`, reached after 60 % of the epochs"
     def __init__(self, crop: RandomResizedCrop, small: int, size: int):
         self.crop, self.small, self.size = crop, small, size
 
@@ -248,10 +251,13 @@ class GrowingCrops(Callback):
         share = min(1, self.learn.epoch / (.6 * self.learn.n_epoch))
         self.crop.size = 16 * round((self.small + share * (self.size - self.small)) / 16)
 
+    def cleanup(self) -> None: self.crop.size = self.size
+
 
 def photo_net(n_out: int = 10) -> nn.Module:
-    "A ResNet-18 with SiLU and squeeze-and-excitation: [N, 3, H, W] -> [N, n_out]"
-    return add_attention(resnet18(n_out, act_cls=nn.SiLU))
+    """A ResNet-18, half as wide again but for its end, with SiLU and squeeze-and-excitation:
+    [N, 3, H, W] -> [N, n_out]"""
+    return add_attention(resnet18(n_out, widths=(96, 192, 384, 512), act_cls=nn.SiLU))
 
 
 def photo_learner(data: ImageData,

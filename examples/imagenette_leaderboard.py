@@ -80,7 +80,7 @@ def main() -> None:
         rows.append(run(data, seed, args.epochs, what))
         print(rows[-1], file=sys.stderr, flush=True)
         if args.write:
-            add_run(RESULTS, rows[-1], ("what", "seed", "epochs"))
+            add_run(RESULTS, rows[-1], ("what", "epochs", "params", "seed"))
     print_table([(what, len(rows), args.epochs, mean_and_spread([r["accuracy"][-1] for r in rows]),
                   mean_and_spread([r["two_looks"] for r in rows]), rows[-1]["wall_s"], rows[-1]["cpu_s"])],
                 ("scored on", "runs", "epochs", "accuracy", "two looks", "wall s", "CPU s"))

@@ -253,7 +253,7 @@ def test_learns_a_simple_thing():
 
 
 @pytest.mark.parametrize("call, words", [
-    (lambda: ResNet(10, [2, 2, 2]), "each of four groups"), (lambda: ResNet(10, [2, 2, 0, 2]), "each of four groups"),
+    (lambda: ResNet(10, [2, 2, 2]), "each of 4 groups"), (lambda: ResNet(10, [2, 2, 0, 2]), "each of 4 groups"),
     (lambda: resnet18(stem="deeep"), "stem is 'deeep'"), (lambda: resnet18(shortcut="conv"), "shortcut is 'conv'"),
     (lambda: conv_block(8, 10, expansion=4), "expansion is 4"), (lambda: ResBlock(8, 8, expansion=0), "expansion is 0")])
 def test_bad_settings(call, words):
@@ -370,4 +370,6 @@ def test_photo_learner_grows_its_crops_and_repeats():
     assert [n for training, n in seen[:len(seen) // 2] if training] == [16, 16, 32, 32, 32, 32, 48, 48, 48, 48]
     assert {n for training, n in seen if not training} == {48}
     assert all(a.equal(b) for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True))
+    first.fit(1, .02)                                                     # never gets beyond small ones
+    assert seen[-3:] == [(True, 16), (True, 16), (False, 48)] and first.dls.one_batch()[0].shape[-1] == 48
     assert photo_net(4)(torch.zeros(1, 3, 64, 64)).shape == (1, 4)
