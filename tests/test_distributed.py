@@ -24,7 +24,7 @@ from killed_run import pictures, plain_net
 
 needs_accelerate = pytest.mark.skipif(find_spec("accelerate") is None, reason="needs accelerate: pip install -e '.[scale]'")
 SCRIPT = Path(__file__).parent / "distributed_run.py"
-LIMIT = 30                                       # seconds within which the other process of a killed one ends on a quiet computer
+LIMIT = 120                     # seconds within which the other process of a killed one ends; on a quiet computer a few
 
 
 def environment() -> dict[str, str]:
@@ -133,16 +133,16 @@ def test_a_killed_process_ends_the_other_with_a_sentence_and_the_run_resumes(tmp
     try:
         processes[1].wait(timeout=900)
         dead = time.monotonic()
-        _, err = processes[0].communicate(timeout=10 * LIMIT)
+        _, err = processes[0].communicate(timeout=LIMIT)
         took = time.monotonic() - dead
     finally:
         for p in processes:
             p.kill()
             p.communicate()
     assert processes[1].returncode == -getattr(signal, "SIGKILL", signal.SIGTERM)
-    assert processes[0].returncode not in (0, None) and took < 10 * LIMIT      # ten times, for a computer that is busy
+    assert processes[0].returncode not in (0, None) and took < LIMIT
     assert "Another process of this training has ended" in err and "goes on from its last checkpoint" in err, err[-2000:]
-    assert err.strip().splitlines()[-1].startswith(("RuntimeError: Another process", "It happened in"))
+    assert "RuntimeError: Another process" in err.strip().splitlines()[-1]
     done = torchrun(SCRIPT, "resumed", tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     resumed, unbroken = read_checkpoint(tmp_path / "resumed.safetensors")["resumed"], compared[0]["unbroken"]
