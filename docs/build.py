@@ -91,7 +91,8 @@ class Site:
                     if prose and re.match(r"#{1,4} ", line):
                         n += 1
                         label = f"{path.stem}-{n}"
-                        lines += [f"({label})=", line] + (["", self.opening(path)] if n == 1 else [])
+                        title = f"# {self.number(path)}{self.title(path)}"
+                        lines += [f"({label})=", line] if n > 1 else [f"({label})=", title, "", self.opening(path)]
                     else:
                         lines.append(line)
                 text = "\n".join(lines)
@@ -130,7 +131,7 @@ class Site:
         sections = self.readme()
         results = [re.sub(r"^</?details>.*\n|^<!--.*\n", "", sections.pop(k) + "\n", flags=re.M) for k in ("Results", "Speed")]
         self.write("results.md", f"# Results and speed\n\n## Results\n\n{results[0]}\n## Speed\n\n{results[1]}")
-        trees = [(caption, [f"{self.number(p)}{self.title(p)} <{self.page(p).removesuffix('.ipynb')}>" for p in self.paths
+        trees = [(caption, [self.page(p).removesuffix(".ipynb") for p in self.paths
                             if p.parent.relative_to(ROOT / "nbs").as_posix() == part]) for part, caption in PARTS.items()]
         trees += [("Library", ["api/index", *[f"api/{m}" for m in self.module_of.values()]]), ("More", ["results"])]
         text = [sections.pop("")] + [f"## {k}\n\n{v}" for k, v in sections.items()]
@@ -159,11 +160,16 @@ class Module:
         self.object = importlib.import_module(f"course_lib.{name}")
         self.code = (ROOT / "course_lib" / f"{name}.py").read_text(encoding="utf-8")
         self.names: list[str] = []
-        self.entries = [e for node in ast.parse(self.code).body for e in self.entry(node)]
+        nodes = ast.parse(self.code).body
+        self.patches = {n: p for n in nodes if (p := patched(n))}
+        here = {n.name for n in nodes if isinstance(n, ast.ClassDef)}
+        self.entries = [e for n in nodes if self.patches.get(n) not in here for e in self.entry(n)]   # those stand below their class
 
     def text(self) -> str:
         site = self.site
         intro = "".join(site.nbs[self.path]["cells"][0]["source"]).split("\n\n")[1]
+        here = f"../{self.path.parent.relative_to(ROOT).as_posix()}/"       # its links start at the notebook
+        intro = re.sub(r"\]\((?!\w+:|#)", f"]({here}", intro)
         where = f"Developed in [{site.number(self.path)}{site.title(self.path)}](../{site.page(self.path)})."
         return "\n\n".join([f"# `course_lib.{self.name}`", intro, where, *self.entries])
 
@@ -180,11 +186,10 @@ class Module:
             table = parameters(inits[0] if inits else node, cls.__init__ if inits else cls) if inits or fields else ""
             text = [self.block(2, node.name, f"class {head}", node, of, table)]
             methods = [f for f in node.body if isinstance(f, ast.FunctionDef) and not f.name.startswith("_") and ast.get_docstring(f)]
+            methods += [n for n, owner in self.patches.items() if owner == node.name]
             return text + [self.function(f, getattr(cls, f.name), f"{node.name}.{f.name}", 3) for f in methods]
         if isinstance(node, ast.FunctionDef):
-            patched = any(ast.unparse(d) == "patch" for d in node.decorator_list) and not node.name.startswith("_")
-            if patched:
-                owner = ast.unparse(node.args.args[0].annotation)
+            if owner := self.patches.get(node):
                 return [self.function(node, getattr(getattr(self.object, owner), node.name), f"{owner}.{node.name}", 2)]
             if node.name in self.object.__all__:
                 self.names.append(node.name)
@@ -216,7 +221,14 @@ class Module:
         found = [f"[in the notebook](#{label})"] if cell and (label := self.site.label_of.get(cell[-1])) else []
         if self.site.repo:
             found.append(f"[source]({self.site.github(f'course_lib/{self.name}.py')}#L{node.lineno}-L{node.end_lineno})")
-        return "{.links}\n" + " · ".join(found) if found else ""
+        return " · ".join(found)
+
+
+def patched(node: ast.stmt) -> str | None:
+    "The class into which fastcore's `patch` puts a public function, if it does"
+    if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and "patch" in map(ast.unparse, node.decorator_list):
+        return ast.unparse(node.args.args[0].annotation)
+    return None
 
 
 def arguments(node: ast.FunctionDef, method: bool) -> list[tuple[str, ast.arg | None, ast.expr | None]]:
@@ -287,9 +299,7 @@ def build(folder: Path, names: list[str]) -> int:
     source, html = folder / "source", folder / "html"
     for old in (source, html):
         shutil.rmtree(old, ignore_errors=True)
-    (source / "_static").mkdir(parents=True)
-    shutil.copy(ROOT / "docs" / "conf.py", source)
-    shutil.copy(ROOT / "docs" / "course.css", source / "_static")
+    shutil.copytree(ROOT / "docs", source, ignore=shutil.ignore_patterns("build.py", "__pycache__"))
     (source / "_static" / "tex-svg.js").write_bytes(mathjax())
     site = Site(source, named_notebooks(names))
     for path in site.paths:

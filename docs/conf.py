@@ -19,9 +19,13 @@ suppress_warnings = ["mystnb.unknown_mime_type"]    # what `record` publishes ha
 html_theme = "sphinx_book_theme"
 html_theme_options = {
     "home_page_in_toc": True, "show_toc_level": 2, "use_download_button": False, "use_fullscreen_button": False,
+    "navbar_persistent": [],                        # the search field stands in the sidebar
     "pygments_light_style": "a11y-high-contrast-light", "pygments_dark_style": "a11y-high-contrast-dark",
 }
 html_static_path = ["_static"]
+templates_path = ["_templates"]
+html_favicon = "_static/icon.svg"
+html_context = {"default_mode": "auto"}
 html_css_files = ["course.css"]
 html_copy_source = False
 html_show_sphinx = False
