@@ -33,7 +33,7 @@ mathjax_path = "tex-svg.js"                         # one file, with its fonts: 
 
 
 def describe_figures(app, doctree) -> None:
-    "Give each figure the alt text and the size that stand in its output's metadata; MyST-NB names its file by its hash"
+    "Give each figure the alt text and the width that stand in its output's metadata; MyST-NB names its file by its hash"
     path = Path(app.env.doc2path(app.env.docname))
     if path.suffix != ".ipynb":
         return
@@ -42,7 +42,7 @@ def describe_figures(app, doctree) -> None:
              for o in outputs if "image/png" in o.get("data", {})}
     for image in doctree.findall(nodes.image):
         if found := about.get(Path(image["uri"]).stem):
-            image.attributes |= {"alt": found["alt"], "width": f"{found['width']}px", "height": f"{found['height']}px", "loading": "lazy"}
+            image.attributes |= {"alt": found["alt"], "width": f"{found['width']}px"}
 
 
 def setup(app) -> None:
