@@ -69,7 +69,8 @@ class Site:
 
     def opening(self, path: Path) -> str:
         "What a page of the site adds below a notebook's title"
-        links = [f"[`course_lib.{m}`]({'../' * (len(path.relative_to(ROOT).parts) - 1)}api/{m}.md)"] if (m := self.module_of.get(path)) else []
+        up, module = "../" * (len(path.relative_to(ROOT).parts) - 1), self.module_of.get(path)
+        links = [f"[`course_lib.{module}`]({up}api/{module}.md)"] if module else []
         if not self.repo:
             return " · ".join(links)
         page = self.page(path)
@@ -78,12 +79,13 @@ class Site:
         install = (f"!git clone -q --depth 1 https://github.com/{self.repo} course\n"
                    "%pip install -q ./course\n%cd course/nbs")
         return (" · ".join(links) + "\n\n<details><summary>On Colab, run this in a new cell first</summary>\n\n"
-                f"```text\n{install}\n```\n\nIt fetches the library and the results of long runs. A GPU is chosen under *Runtime*.\n\n</details>")
+                f"```text\n{install}\n```\n\n"
+                "It fetches the library and the results of long runs. A GPU is chosen under *Runtime*.\n\n</details>")
 
     def notebook(self, path: Path) -> None:
         "A copy of a notebook without directives, with labels before its headings"
         cells, label, n, nb = [], None, 0, self.nbs[path]
-        for i, cell in enumerate(nb["cells"]):
+        for cell in nb["cells"]:
             text = "".join(cell["source"])
             if cell["cell_type"] == "markdown":
                 lines = []
@@ -135,7 +137,8 @@ class Site:
                             if p.parent.relative_to(ROOT / "nbs").as_posix() == part]) for part, caption in PARTS.items()]
         trees += [("Library", ["api/index", *[f"api/{m}" for m in self.module_of.values()]]), ("More", ["results"])]
         text = [sections.pop("")] + [f"## {k}\n\n{v}" for k, v in sections.items()]
-        text += [f"```{{toctree}}\n:hidden:\n:caption: {caption}\n\n" + "\n".join(entries) + "\n```" for caption, entries in trees if entries]
+        text += [f"```{{toctree}}\n:hidden:\n:caption: {caption}\n\n" + "\n".join(entries) + "\n```"
+                 for caption, entries in trees if entries]
         self.write("index.md", "\n\n".join(text))
 
     # The library
