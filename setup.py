@@ -23,5 +23,5 @@ setup(
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require={"lab": lab, "scale": scale, "dev": lab + scale + cfg["dev_requirements"].split(),
-                    "bench": cfg["bench_requirements"].split()},
+                    "bench": cfg["bench_requirements"].split(), "docs": cfg["docs_requirements"].split()},
 )

@@ -241,7 +241,7 @@ class Muon(AdamW):
             p.mul_(1 - lr * group["weight_decay"])
             p.add_(direction.view_as(p), alpha=-lr * max(1, len(p) / direction.shape[1])**.5)
 
-# %% ../nbs/10_resnets.ipynb #54929a4b
+# %% ../nbs/10_resnets.ipynb #47f9f3e3
 class GrowingCrops(Callback):
     "Sets the size of the crops before each epoch: from `small` to `size`, reached after 60 % of the epochs"
     def __init__(self, crop: RandomResizedCrop, small: int, size: int):
@@ -254,10 +254,9 @@ class GrowingCrops(Callback):
     def cleanup(self) -> None: self.crop.size = self.size
 
 
-def photo_net(n_out: int = 10) -> nn.Module:
-    """A ResNet-18, half as wide again but for its end, with SiLU and squeeze-and-excitation:
-    [N, 3, H, W] -> [N, n_out]"""
-    return add_attention(resnet18(n_out, widths=(96, 192, 384, 512), act_cls=nn.SiLU))
+def photo_net(n_out: int = 10, **kwargs: Any) -> nn.Module:
+    "A ResNet-18 with SiLU and squeeze-and-excitation; keyword arguments as for `ResNet`"
+    return add_attention(resnet18(n_out, act_cls=nn.SiLU, **kwargs))
 
 
 def photo_learner(data: ImageData,

@@ -46,15 +46,14 @@ def test_environment_is_rebuilt_when_its_recipe_changed(tmp_path, monkeypatch):
 def test_peers_are_installed_into_the_courses_own_environment_only(tmp_path, monkeypatch, capsys):
     calls = []
     monkeypatch.setattr(run, "_pip", lambda python, args: calls.append(args))
-    monkeypatch.setattr(run, "PEERS", ("json",))
-    run.add_peers()
+    peers = lambda *needed: run._add_extra("bench", needed, "To compare with the others")
+    assert peers("json")
     assert not calls and not capsys.readouterr().out                   # nothing to do
-    monkeypatch.setattr(run, "PEERS", ("json", "no_such_package"))
     monkeypatch.setattr(run, "ROOT", tmp_path)
-    run.add_peers()
+    assert not peers("json", "no_such_package")
     assert not calls and "pip install -e '.[bench]'" in capsys.readouterr().out
     monkeypatch.setattr(run.sys, "prefix", str(tmp_path / ".venv"))
-    run.add_peers()
+    assert peers("json", "no_such_package")
     assert calls == [["-e", ".[bench]", "-c", "constraints.txt"]]
 
 
