@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -58,6 +59,14 @@ def print_table(rows: list[tuple], head: tuple) -> None:
 def mean_and_spread(values: list[float]) -> str:
     "For a table; one value has no spread"
     return f"{fmean(values):.4f}" + (f" ± {stdev(values):.4f}" if len(values) > 1 else "")
+
+
+def real_only(data: ImageData) -> ImageData:
+    "The data, if they are real; drawn ones end the program with a sentence"
+    if data.source != "real":
+        sys.exit(f"This needs the real {data.name}, but drawn pictures are in use; set COURSE_SOURCE=real, and COURSE_DATA to the "
+                 "folder that holds it (or leave it out to download).")
+    return data
 
 
 def held_out(data: ImageData) -> ImageData:

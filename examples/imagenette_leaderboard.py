@@ -20,7 +20,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from common import add_run, environment, mean_and_spread, measured_fit, print_table  # noqa: E402
+from common import add_run, environment, mean_and_spread, measured_fit, print_table, real_only  # noqa: E402
 
 from course_lib.datasets import ImageData, imagenette  # noqa: E402
 from course_lib.learner import Learner, evaluating  # noqa: E402
@@ -73,10 +73,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    data = imagenette()
-    if data.source != "real":
-        sys.exit("This needs the real Imagenette, but drawn scenes are in use; set COURSE_SOURCE=real, and COURSE_DATA to the folder "
-                 "that holds it (or leave it out to download).")
+    data = real_only(imagenette())
     what = "held_out" if args.held_out else "validation"
     data = held_out(data) if args.held_out else data
     rows = []

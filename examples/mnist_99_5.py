@@ -19,7 +19,7 @@ from statistics import fmean
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-from common import environment, held_out, mean_and_spread, print_table, write_results  # noqa: E402
+from common import environment, held_out, mean_and_spread, print_table, real_only, write_results  # noqa: E402
 
 import course_lib.schedule  # noqa: E402, F401  (gives the Learner its fit_one_cycle)
 from course_lib.batchnorm import digit_learner, five_looks  # noqa: E402
@@ -55,10 +55,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    data = mnist()
-    if data.source != "real":
-        sys.exit("This needs the real MNIST, but drawn digits are in use; set COURSE_SOURCE=real, and COURSE_DATA to the folder "
-                 "that holds it (or leave it out to download).")
+    data = real_only(mnist())
     what = "parts" if args.parts else "held_out" if args.held_out else "test"
     data = data if what == "test" else held_out(data)
     results = {}
