@@ -69,10 +69,14 @@ def real_only(data: ImageData) -> ImageData:
     return data
 
 
-def held_out(data: ImageData) -> ImageData:
-    "The last 10,000 training pictures for validation, the others for training: what is chosen is chosen without the test set"
-    return dataclasses.replace(data, train_x=data.train_x[:-10_000], train_y=data.train_y[:-10_000],
-                               valid_x=data.train_x[-10_000:], valid_y=data.train_y[-10_000:])
+def held_out(data: ImageData, n: int = 10_000, seed: int | None = None) -> ImageData:
+    """The last `n` training pictures (with a seed: drawn ones) for validation, the others for training: what is chosen is chosen
+    without the test set"""
+    total = len(data.train_x)
+    order = torch.arange(total) if seed is None else torch.randperm(total, generator=torch.Generator().manual_seed(seed))
+    train, valid = order[:-n].sort().values, order[-n:].sort().values
+    return dataclasses.replace(data, train_x=data.train_x[train], train_y=data.train_y[train],
+                               valid_x=data.train_x[valid], valid_y=data.train_y[valid])
 
 
 def read_results(file: Path) -> dict:

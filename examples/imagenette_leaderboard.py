@@ -10,7 +10,6 @@ adds each run to results/imagenette_leaderboard.json as soon as it is done (one 
 "Two looks" is the mean over each picture and its mirror image. Seconds are those of the training with its validations.
 """
 import argparse
-import dataclasses
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -20,7 +19,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from common import add_run, environment, mean_and_spread, measured_fit, print_table, real_only  # noqa: E402
+from common import add_run, environment, held_out, mean_and_spread, measured_fit, print_table, real_only  # noqa: E402
 
 from course_lib.datasets import ImageData, imagenette  # noqa: E402
 from course_lib.learner import Learner, evaluating  # noqa: E402
@@ -31,14 +30,6 @@ from course_lib.schedule import combine, sched_lin  # noqa: E402
 RESULTS = ROOT / "results" / "imagenette_leaderboard.json"
 RATE, WARM_UP = .06, .08                    # peak learning rate of matrices; share of the steps until it is reached
 GOALS = {5: .8743, 20: .9157}              # the leaderboard's best at 128 pixels, by epochs
-
-
-def held_out(data: ImageData, n: int = 1469) -> ImageData:
-    "`n` training pictures of all classes for validation, the others for training: the set is in the order of its classes"
-    order = torch.randperm(len(data.train_x), generator=torch.Generator().manual_seed(123))
-    valid, train = order[:n].sort().values, order[n:].sort().values
-    return dataclasses.replace(data, train_x=data.train_x[train], train_y=data.train_y[train],
-                               valid_x=data.train_x[valid], valid_y=data.train_y[valid])
 
 
 @torch.no_grad()
@@ -75,7 +66,7 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     data = real_only(imagenette())
     what = "held_out" if args.held_out else "validation"
-    data = held_out(data) if args.held_out else data
+    data = held_out(data, 1469, seed=0) if args.held_out else data      # of all classes: the set is in their order
     rows = []
     for seed in args.seeds:
         rows.append(run(data, seed, args.epochs, args.widths, what))
