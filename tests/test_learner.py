@@ -802,6 +802,14 @@ def cancelling(event: str) -> list[Callback]:
     return []
 
 
+@pytest.fixture
+def without_advice(monkeypatch) -> None:
+    "Importing chapter 11, as other tests do, adds advice to errors of the machine; it is tested there"
+    if scale := sys.modules.get("course_lib.scale"):
+        monkeypatch.setattr(Learner, "_explained", scale._explained_before)
+
+
+@pytest.mark.usefixtures("without_advice")
 @pytest.mark.parametrize("event", EVENTS)
 @pytest.mark.parametrize("error", [Boom, KeyboardInterrupt, torch.OutOfMemoryError])
 def test_an_exception_at_any_event(event, error, monkeypatch, capsys):
