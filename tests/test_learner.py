@@ -307,6 +307,7 @@ def test_memory_does_not_grow():
     learn = Learner(DataLoaders(Same(), [(x, y)] * 3, classes=list("abc")), nn.Linear(8, 3), opt_func=optim.SGD, metrics=accuracy,
                     device="cpu", progress=False)
     census = Census()
+    learn.fit(1, .01)                                    # what is allocated once, at an epoch's end, too
     learn.fit(2, .01, cbs=census)
     (n1, m1), (n2, m2), (n3, m3) = census.seen[1000], census.seen[9000], census.seen[10_000]
     assert n1 == n2 == n3, f"{n1}, {n2}, {n3} tensors"
