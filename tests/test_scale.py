@@ -24,7 +24,6 @@ from course_lib.settings import default_device, set_seed
 from killed_run import learner_of, loaders, pictures, plain_net
 
 BF16, FP16 = torch.bfloat16, torch.float16
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 OPTIONS = {"bf16": lambda: MixedPrecision(), "accumulation": lambda: GradientAccumulation(2), "clip": lambda: GradientClip(1.),
            "ema": lambda: EMA(.9), "compile": lambda: Compile(backend="eager")}
 
@@ -596,7 +595,6 @@ def test_bf16_halves_the_activations_of_products():
 # ---- on a GPU
 
 @pytest.mark.gpu
-@needs_cuda
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_mixed_precision_on_a_gpu(dtype):
     if scale.precision_trouble(default_device(), scale.DTYPES[dtype]):
@@ -613,7 +611,6 @@ def test_mixed_precision_on_a_gpu(dtype):
 
 
 @pytest.mark.gpu
-@needs_cuda
 def test_real_out_of_memory_on_a_gpu_is_freed():
     class Hungry(nn.Module):
         def __init__(self):
@@ -637,7 +634,6 @@ def test_real_out_of_memory_on_a_gpu_is_freed():
 
 
 @pytest.mark.gpu
-@needs_cuda
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
 def test_compile_on_a_gpu(mode):
