@@ -4,7 +4,7 @@
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 ARGS ?=
-TARGETS := lab test run data bench docs docs-serve clean edit outputs test-slow test-all setup help
+TARGETS := lab test progress reset run data bench docs docs-serve clean edit outputs test-slow test-all setup help
 
 .DEFAULT_GOAL := help
 .PHONY: $(TARGETS)

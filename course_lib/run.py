@@ -2,10 +2,11 @@
 
 # %% auto #0
 __all__ = ['ROOT', 'NEEDED', 'PEERS', 'DOCS', 'ASSERTING', 'SITE', 'COMMANDS', 'VARIABLES', 'notebooks', 'read_notebook',
-           'named_notebooks', 'setup', 'copy_for_reader', 'has_display', 'lab_command', 'lab', 'without_comments',
-           'code_hash', 'normalise', 'write_notebook', 'execute', 'results', 'results_table', 'run_course',
-           'is_current', 'with_results', 'export_library', 'store_outputs', 'checks', 'test_environment', 'test',
-           'test_slow', 'bench', 'docs', 'docs_serve', 'clean', 'data', 'help_text', 'main']
+           'notebook_name', 'outside_fences', 'heading_ids', 'named_notebooks', 'setup', 'copy_for_reader', 'reset',
+           'progress', 'has_display', 'lab_command', 'lab', 'without_comments', 'code_hash', 'normalise',
+           'write_notebook', 'execute', 'results', 'results_table', 'run_course', 'is_current', 'with_results',
+           'export_library', 'store_outputs', 'checks', 'test_environment', 'test', 'test_slow', 'bench', 'docs',
+           'docs_serve', 'clean', 'data', 'help_text', 'main']
 
 # %% ../nbs/appendix/run.ipynb #72def10b
 # Only the standard library up here: this module builds the environment that the rest of the course needs.
@@ -25,7 +26,7 @@ import subprocess
 import sys
 import time
 import tokenize
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -48,12 +49,33 @@ def read_notebook(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def named_notebooks(names: list[str]) -> list[Path]:
+def notebook_name(path: Path, nbs: Path = ROOT / "nbs") -> str:
+    "What a notebook is called in commands and tables: `02_pixel_similarity`, `settings`, `solutions/02_pixel_similarity`"
+    return path.relative_to(nbs).with_suffix("").as_posix().removeprefix("appendix/")
+
+
+def outside_fences(text: str) -> Iterator[tuple[str, bool]]:
+    "Lines of Markdown, each with whether it stands outside code"
+    fence = False
+    for line in text.splitlines():
+        mark = line.lstrip().startswith("```")
+        yield line, not (fence or mark)
+        fence ^= mark
+
+
+def heading_ids(nb: dict) -> list[str]:
+    "The ids of a notebook's headings in JupyterLab, in their order: the text as displayed, with hyphens for spaces"
+    lines = [line for c in nb["cells"] if c["cell_type"] == "markdown" for line in outside_fences("".join(c["source"]))]
+    return [re.sub(r"[`*]", "", m[1]).strip().replace(" ", "-") for line, prose in lines if prose and (m := re.match(r"#{1,4} (.+)", line))]
+
+
+def named_notebooks(names: list[str], nbs: Path = ROOT / "nbs") -> list[Path]:
     "The notebooks of these names (`02_pixel_similarity`, with or without its ending), all if there is no name"
-    found = {name: [p for p in notebooks() if name in (p.name, p.stem)] for name in names}
-    if missing := [name for name, paths in found.items() if not paths]:
-        raise SystemExit(f"There is no notebook {' or '.join(missing)}; there are {', '.join(p.stem for p in notebooks())}.")
-    return [p for paths in found.values() for p in paths] or notebooks()
+    paths = {notebook_name(p, nbs): p for p in notebooks(nbs)}
+    wanted = [name.removesuffix(".ipynb").removeprefix("appendix/") for name in names]
+    if missing := [name for name in wanted if name not in paths]:
+        raise SystemExit(f"There is no notebook {' or '.join(missing)}; there are {', '.join(paths)}.")
+    return [paths[name] for name in wanted] or list(paths.values())
 
 
 def _say(text: str) -> None:
@@ -142,6 +164,36 @@ def copy_for_reader(nbs: Path = ROOT / "nbs", my: Path = ROOT / "my") -> list[st
     temporary.write_text(json.dumps(copied, indent=1))
     temporary.replace(record)
     return said
+
+# %% ../nbs/appendix/run.ipynb #26900184
+def reset(names: list[str], nbs: Path = ROOT / "nbs", my: Path = ROOT / "my") -> list[str]:
+    "Put the original of these notebooks into the reader's copy and keep the reader's versions beside them; returns sentences to print"
+    if not names:
+        raise SystemExit("Name the notebook to be reset: make reset ARGS=02_pixel_similarity, or: "
+                         "python -m course_lib.run reset 02_pixel_similarity.")
+    said = []
+    for original in named_notebooks(names, nbs):
+        name = original.relative_to(nbs)
+        mine, fresh = my / name, my / name.with_suffix(".tmp")
+        fresh.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(original, fresh)
+        text = f"{name.as_posix()} is the original again."
+        if mine.exists():
+            kept = next(p for k in ("", *range(2, 1000)) if not (p := mine.with_name(f"{mine.stem}.mine{k}.ipynb")).exists())
+            mine.rename(kept)
+            text += f" Your version is kept beside it as {kept.name}. If it is open in JupyterLab, close its tab and open it again."
+        fresh.replace(mine)
+        said.append(text)
+    return said
+
+
+def progress(my: Path = ROOT / "my") -> str:
+    "A line a chapter: which exercises are solved, and the next one"
+    from course_lib.checks import progress_table, read_progress
+    try:
+        return progress_table(read_progress(my))
+    except ValueError as e:
+        raise SystemExit(str(e)) from None
 
 # %% ../nbs/appendix/run.ipynb #8f7b0587
 def _free_port(first: int) -> int:
@@ -326,7 +378,7 @@ def run_course(paths: list[Path]) -> None:
         nb, name = execute(path, course_source(), course_scale()), path.relative_to(ROOT / "nbs")
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         write_notebook(nb, target / name)
-        done.append((path.stem, nb))
+        done.append((notebook_name(path), nb))
         _say(f"[{i}/{len(paths)}] {name.as_posix()}: {nb['metadata']['course']['seconds']} s, {len(results(nb))} results")
     table = results_table(done)
     (target / "results.md").write_text(table + "\n", encoding="utf-8")
@@ -365,7 +417,7 @@ def store_outputs(paths: list[Path]) -> None:
         write_notebook(normalise(nb), path)
         _say(f"{path.relative_to(ROOT).as_posix()}: {said}")
     readme = ROOT / "README.md"
-    table = results_table((p.stem, read_notebook(p)) for p in notebooks())
+    table = results_table((notebook_name(p), read_notebook(p)) for p in notebooks() if p.parent.name != "solutions")
     readme.write_text(with_results(readme.read_text(encoding="utf-8"), table), encoding="utf-8", newline="\n")
 
 # %% ../nbs/appendix/run.ipynb #1165e6f9
@@ -502,6 +554,8 @@ COMMANDS = {
     "lab": "set everything up and open your copy of the course in JupyterLab",
     "test": "set everything up and run every notebook and every test (drawn digits, no network)",
     "run": "run the course on the pictures of your choice and print the table of results",
+    "progress": "show which exercises you have solved",
+    "reset": "put the original of a notebook (ARGS=02_pixel_similarity) into your copy; yours stays beside it",
     "data": "fetch the real pictures (or draw them) now",
     "bench": "run the benchmarks, beside fastai and Lightning (installed for it)",
     "docs": "build the course as a website in build/site/html (Sphinx is installed for it)",
@@ -538,7 +592,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--token", default="")
     parser.add_argument("--no-browser", action="store_true")
     a, rest = parser.parse_known_args(argv)
-    if rest and a.command not in ("test", "test-slow", "test-all", "run", "outputs", "bench", "docs"):
+    if rest and a.command not in ("test", "test-slow", "test-all", "run", "outputs", "bench", "docs", "reset"):
         parser.error(f"{a.command} does not know {' '.join(rest)}; see: python -m course_lib.run help")
     if a.command == "help":
         print(help_text())
@@ -557,6 +611,10 @@ def main(argv: list[str] | None = None) -> int:
                 for sentence in copy_for_reader():
                     _say(sentence)
             return lab(folder, a.port, a.token, not a.no_browser)
+        case "reset":
+            for sentence in reset(rest):
+                _say(sentence)
+        case "progress": _say(progress())
         case "run": run_course(named_notebooks(rest))
         case "outputs": store_outputs(named_notebooks(rest))
         case "data": data()

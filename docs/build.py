@@ -12,11 +12,12 @@ import subprocess
 import sys
 from importlib.metadata import files
 from pathlib import Path
+from urllib.parse import unquote
 
 from fastcore.docments import docments
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from course_lib.run import ROOT, _code, named_notebooks, read_notebook, write_notebook
+from course_lib.run import ROOT, _code, heading_ids, named_notebooks, notebook_name, outside_fences, read_notebook, write_notebook
 
 MATHJAX = "d4295dc33744836935c1399feece5159577b34c5c8ffb9f1c6324cd82e03a882"   # tex-svg.js of MathJax 3.2.2
 DIRECTIVE = re.compile(r"^(#\|.*|# NBVAL_\w+)\s*\n?", re.M)
@@ -29,15 +30,6 @@ def repository() -> str | None:
         return name
     origin = subprocess.run(["git", "remote", "get-url", "origin"], cwd=ROOT, capture_output=True, text=True).stdout
     return m[1] if (m := re.search(r"github\.com[:/]([\w.-]+/[\w.-]+?)(?:\.git)?\s*$", origin)) else None
-
-
-def outside_fences(text: str):
-    "Lines of Markdown, each with whether it stands outside code"
-    fence = False
-    for line in text.splitlines():
-        mark = line.lstrip().startswith("```")
-        yield line, not (fence or mark)
-        fence ^= mark
 
 
 class Site:
@@ -85,6 +77,11 @@ class Site:
     def notebook(self, path: Path) -> None:
         "A copy of a notebook without directives, with labels before its headings"
         cells, label, n, nb = [], None, 0, self.nbs[path]
+        name = notebook_name(path).replace("/", "-")
+        label_of = {heading: f"{name}-{i}" for i, heading in enumerate(heading_ids(nb), 1)}
+
+        def inner(m: re.Match) -> str:              # a link to a section of the same notebook
+            return f"](#{label_of.get(unquote(m[1]), m[1])})"
         for cell in nb["cells"]:
             text = "".join(cell["source"])
             if cell["cell_type"] == "markdown":
@@ -92,11 +89,11 @@ class Site:
                 for line, prose in outside_fences(text):
                     if prose and re.match(r"#{1,4} ", line):
                         n += 1
-                        label = f"{path.stem}-{n}"
+                        label = f"{name}-{n}"
                         title = f"# {self.number(path)}{self.title(path)}"
                         lines += [f"({label})=", line] if n > 1 else [f"({label})=", title, "", self.opening(path)]
                     else:
-                        lines.append(line)
+                        lines.append(re.sub(r"\]\(#([^)]+)\)", inner, line) if prose else line)
                 text = "\n".join(lines)
             else:
                 self.label_of[cell["id"]] = label

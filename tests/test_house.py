@@ -6,11 +6,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import unquote
 
 import nbformat
 import pytest
 
-from course_lib.run import ROOT, code_hash, export_library, is_current, normalise, notebooks, read_notebook
+from course_lib.run import ROOT, code_hash, export_library, heading_ids, is_current, normalise, notebooks, read_notebook
 from course_lib.run import test_environment as environment_of_tests
 
 NOTEBOOKS = notebooks()
@@ -22,6 +23,10 @@ TOP = {"run", "checks"}                             # imported by nobody
 LIMIT = 1_000_000                                   # bytes a notebook
 
 PRIVATE = re.compile(r" at 0x[0-9a-f]{6,}|(?<![\w.])/(?:home|root|Users|work|tmp|var|mnt|opt)/|[A-Z]:\\\\")
+
+
+def is_chapter(path: Path) -> bool:
+    return path.parent.name == "nbs"
 
 
 def code_cells(nb: dict) -> list[dict]:
@@ -143,8 +148,7 @@ def test_figures_have_alt_text_and_caption(path):
 def test_compared_cells_have_an_output(path):
     compared = [c for c in code_cells(read_notebook(path)) if "# NBVAL_CHECK_OUTPUT" in c["source"][0]]
     assert all(c["outputs"] and c["execution_count"] for c in compared)
-    chapter = re.match(r"\d\d_", path.name)
-    assert len(compared) >= (5 if chapter else 1)
+    assert len(compared) >= (5 if is_chapter(path) else 1)
 
 
 @each_notebook
@@ -170,12 +174,18 @@ def test_teaching_apparatus(path):
     text = "\n".join("".join(c["source"]) for c in nb["cells"] if c["cell_type"] == "markdown")
     assert text.startswith("# ")
     assert re.search(r"^## Summary", text, re.M)
-    if re.match(r"\d\d_", path.name):
+    if is_chapter(path):
         questions = text.split("## Questionnaire")[1].split("## Exercises")[0]
         assert questions.count("<details>") == questions.count("</details>") >= 8
         exercises = text.split("## Exercises")[1]
         assert exercises.count("### Exercise") >= 5 and exercises.count("Difficulty: ") == exercises.count("### Exercise")
         assert exercises.count("minutes") >= exercises.count("### Exercise")
+        parts = exercises.split("### Exercise")[1:]
+        assert all(re.search(r"^Objective: ", part, re.M) and "<details><summary>If " in part for part in parts)
+        answers = re.findall(r"<details>.*?</details>", questions, re.S)
+        assert [int(re.search(r"<summary>(\d+)\.", a)[1]) for a in answers] == list(range(1, len(answers) + 1))
+        ends = [a.removesuffix("</details>").strip().splitlines()[-1] for a in answers]
+        assert all("](" in end for end in ends), "an answer ends with a link to its section"
         stubs = [c for c in code_cells(nb) if c["source"][0].startswith("# EXERCISE")]
         assert len(stubs) == exercises.count("### Exercise")
 
@@ -229,9 +239,11 @@ def test_notebook_runs_alone(path, tmp_path):
 
 
 @each_notebook
-def test_links_to_other_notebooks_resolve(path):
-    text = "\n".join("".join(c["source"]) for c in read_notebook(path)["cells"] if c["cell_type"] == "markdown")
+def test_links_to_other_notebooks_and_to_sections_resolve(path):
+    nb = read_notebook(path)
+    text = "\n".join("".join(c["source"]) for c in nb["cells"] if c["cell_type"] == "markdown")
+    assert not set(map(unquote, re.findall(r"\]\(#([^)]+)\)", text))) - set(heading_ids(nb))
     links = [link for link in re.findall(r"\]\(([^)#\s]+)", text) if "://" not in link]
     assert not [link for link in links if not (path.parent / link).exists()]
-    if (m := re.match(r"(\d\d)_", path.name)) and any(n.startswith(f"{int(m[1]) + 1:02d}_") for n in NAMES):
+    if is_chapter(path) and any(n.startswith(f"{int(path.name[:2]) + 1:02d}_") for n in NAMES):
         assert "**Next:**" in text

@@ -95,6 +95,45 @@ def test_reader_copy_survives_a_damaged_start(tmp_path):
     assert (my / "appendix" / "b.ipynb").exists()
 
 
+def test_reset_keeps_even_a_damaged_notebook(tmp_path):
+    nbs, my = tmp_path / "nbs", tmp_path / "my"
+    (nbs / "appendix").mkdir(parents=True)
+    (nbs / "appendix" / "b.ipynb").write_text("{}")
+    (my / "appendix").mkdir(parents=True)
+    (my / "appendix" / "b.ipynb").write_text("damaged")
+    assert "b.mine.ipynb" in run.reset(["b"], nbs, my)[0]
+    assert (my / "appendix" / "b.mine.ipynb").read_text() == "damaged" and (my / "appendix" / "b.ipynb").read_text() == "{}"
+    assert not list(my.rglob("*.tmp"))
+
+
+def test_reset_wants_a_notebook(tmp_path):
+    with pytest.raises(SystemExit, match="Name the notebook"):
+        run.reset([], my=tmp_path)
+    with pytest.raises(SystemExit, match="There is no notebook 99_x"):
+        run.reset(["99_x"], my=tmp_path)
+    assert "is the original again" in run.reset(["00_images"], my=tmp_path)[0]       # one that the reader did not have
+
+
+def test_progress_is_a_line_a_chapter(tmp_path):
+    (tmp_path / "progress.json").write_text('{"bottom_right": "2026-01-31"}')
+    assert "●○" in run.progress(tmp_path) and "1 of " in run.progress(tmp_path).splitlines()[0]
+    assert "●" not in run.progress(tmp_path / "nowhere")
+    (tmp_path / "progress.json").write_text("{")
+    with pytest.raises(SystemExit, match="damaged"):
+        run.progress(tmp_path)
+
+
+def test_headings_are_found_outside_code():
+    cells = [{"cell_type": "markdown", "source": ["# A `few` words\n", "```\n", "# no heading\n", "```\n", "### *Why?*"]}]
+    assert run.heading_ids({"cells": cells}) == ["A-few-words", "Why?"]
+
+
+def test_names_of_notebooks():
+    nbs = run.ROOT / "nbs"
+    names = [nbs / "00_a.ipynb", nbs / "appendix" / "settings.ipynb", nbs / "solutions" / "00_a.ipynb"]
+    assert [run.notebook_name(p) for p in names] == ["00_a", "settings", "solutions/00_a"]
+
+
 def test_error_in_a_notebook_names_it(tmp_path):
     path = tmp_path / "broken.ipynb"
     cell = {"cell_type": "code", "id": "a", "metadata": {}, "source": "1 / 0", "outputs": [], "execution_count": None}
