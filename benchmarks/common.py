@@ -1,5 +1,6 @@
 """What benchmarks and examples share: interleaved rounds, ratios and means with their spread, a line that names the hardware,
 pictures held out for choosing, files of results."""
+import argparse
 import dataclasses
 import json
 import os
@@ -12,6 +13,7 @@ from statistics import fmean, median, stdev
 
 import torch
 
+from course_lib.dataloader import DataLoaders, get_dls
 from course_lib.datasets import ImageData
 from course_lib.learner import Learner
 
@@ -109,3 +111,24 @@ def add_run(file: Path, row: dict, same: Sequence[str]) -> None:
     part = file.with_suffix(".part")
     part.write_text('{"runs": [\n  ' + ",\n  ".join(map(json.dumps, rows)) + "\n]}\n")
     part.replace(file)
+
+
+# Chapter 10's, by the source of the pictures; drawn scenes are small and hold digits: no crops and flips
+PHOTO_SETTINGS = {"real": {"epochs": 5, "batch": 128, "rate": 3e-3, "size": 128},
+                  "drawn": {"epochs": 10, "batch": 64, "rate": 3e-3, "size": 64}}
+
+
+def add_photo_options(parser: argparse.ArgumentParser) -> None:
+    "An option for each of the settings"
+    for name, kind in (("epochs", int), ("batch", int), ("rate", float), ("size", int)):
+        parser.add_argument(f"--{name}", type=kind, help="chapter 10's if not given")
+
+
+def photo_settings(args: argparse.Namespace, data: ImageData) -> dict:
+    "The settings for these pictures, with what the options say"
+    return {k: v if getattr(args, k) is None else getattr(args, k) for k, v in PHOTO_SETTINGS[data.source].items()}
+
+
+def photo_dls(data: ImageData, batch: int, size: int, seed: int) -> DataLoaders:
+    "Loaders that crop and flip photos, and take scenes as they are"
+    return get_dls(batch, data, seed=seed, **({"size": size, "augment": True} if data.source == "real" else {}))

@@ -20,18 +20,15 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from common import add_run, environment, measured_fit, print_table  # noqa: E402
+from common import add_photo_options, add_run, environment, measured_fit, photo_dls, photo_settings, print_table  # noqa: E402
 
 import course_lib.schedule  # noqa: E402, F401  (gives the Learner its fit_one_cycle)
-from course_lib.dataloader import get_dls  # noqa: E402
 from course_lib.datasets import ImageData, imagenette  # noqa: E402
 from course_lib.learner import Learner, accuracy  # noqa: E402
 from course_lib.resnet import NETS, costs  # noqa: E402
 from course_lib.settings import default_device, set_seed  # noqa: E402
 
 RESULTS = ROOT / "results" / "imagenette_resnets.json"
-SETTINGS = {"real": {"epochs": 5, "batch": 128, "rate": 3e-3, "size": 128},
-            "drawn": {"epochs": 10, "batch": 64, "rate": 3e-3, "size": 64}}
 RUNS = {"real": ["plain", "ten in a row", "ResBlock", "ResBlock from 0", "two ResBlocks", "ResNet-18"],
         "drawn": ["plain", "ten in a row", "ResBlock", "ResBlock from 0"]}
 
@@ -39,8 +36,7 @@ RUNS = {"real": ["plain", "ten in a row", "ResBlock", "ResBlock from 0", "two Re
 def run(data: ImageData, name: str, seed: int, epochs: int, batch: int, rate: float, size: int) -> dict:
     "Train a net once: losses and accuracy of each epoch, seconds, parameters, multiply-adds a picture"
     set_seed(seed)
-    crops = {"size": size, "augment": True} if data.source == "real" else {}
-    dls = get_dls(batch, data, seed=seed, **crops)
+    dls = photo_dls(data, batch, size, seed)
     model = NETS[name](data.c)
     learn = Learner(dls, model, metrics=accuracy, progress=False)
     return {"name": name, "source": data.source, "seed": seed, "epochs": epochs, "batch": batch, "rate": rate, "size": size,
@@ -51,15 +47,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", nargs="+", choices=list(NETS), metavar="NET", help=f"of {', '.join(NETS)}")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    for name, kind in (("epochs", int), ("batch", int), ("rate", float), ("size", int)):
-        parser.add_argument(f"--{name}", type=kind, help="the book's, or that for drawn scenes, if not given")
+    add_photo_options(parser)
     parser.add_argument("--threads", type=int, help="of PyTorch; as many as it takes itself if not given")
     parser.add_argument("--write", action="store_true", help=f"add each run to results/{RESULTS.name}")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
     data = imagenette()
-    settings = {k: v if getattr(args, k) is None else getattr(args, k) for k, v in SETTINGS[data.source].items()}
+    settings = photo_settings(args, data)
     rows = []
     for name in args.runs or RUNS[data.source]:
         for seed in args.seeds:

@@ -20,10 +20,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from common import environment, print_table  # noqa: E402
+from common import add_photo_options, environment, photo_dls, photo_settings, print_table  # noqa: E402
 
 import course_lib.schedule  # noqa: E402, F401  (gives the Learner its fit_one_cycle)
-from course_lib.dataloader import get_dls  # noqa: E402
 from course_lib.datasets import ImageData, imagenette  # noqa: E402
 from course_lib.learner import Checkpoint, Learner, accuracy  # noqa: E402
 from course_lib.resnet import NETS  # noqa: E402
@@ -31,14 +30,11 @@ from course_lib.scale import (DTYPES, EMA, Compile, Distributed, GradientAccumul
                               precision_trouble)
 from course_lib.settings import set_seed  # noqa: E402
 
-SETTINGS = {"real": {"epochs": 5, "batch": 128, "rate": 3e-3, "size": 128}, "drawn": {"epochs": 5, "batch": 64, "rate": 3e-3, "size": 64}}
-
 
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--net", choices=list(NETS), default="ResNet-18", metavar="NET", help=f"of {', '.join(NETS)}")
-    for name, kind in (("epochs", int), ("batch", int), ("rate", float), ("size", int)):
-        parser.add_argument(f"--{name}", type=kind, help="chapter 10's if not given")
+    add_photo_options(parser)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--precision", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--accumulate", type=int, default=1, help="batches a step")
@@ -84,9 +80,8 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     set_seed(args.seed)
     data = cut(imagenette(), args.limit)
-    s = {k: v if getattr(args, k) is None else getattr(args, k) for k, v in SETTINGS[data.source].items()}
-    crops = {"size": s["size"], "augment": True} if data.source == "real" else {}
-    dls = get_dls(s["batch"], data, seed=args.seed, **crops)
+    s = photo_settings(args, data)
+    dls = photo_dls(data, s["batch"], s["size"], args.seed)
     learn = Learner(dls, NETS[args.net](data.c), metrics=accuracy, cbs=distributed)
     learn.add_cbs(callbacks(args, learn.device))
     start = time.perf_counter()
