@@ -627,6 +627,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'course_lib.run.outside_fences': ('appendix/run.html#outside_fences', 'course_lib/run.py'),
                                 'course_lib.run.progress': ('appendix/run.html#progress', 'course_lib/run.py'),
                                 'course_lib.run.read_notebook': ('appendix/run.html#read_notebook', 'course_lib/run.py'),
+                                'course_lib.run.readme_table': ('appendix/run.html#readme_table', 'course_lib/run.py'),
                                 'course_lib.run.reset': ('appendix/run.html#reset', 'course_lib/run.py'),
                                 'course_lib.run.results': ('appendix/run.html#results', 'course_lib/run.py'),
                                 'course_lib.run.results_table': ('appendix/run.html#results_table', 'course_lib/run.py'),

@@ -4,9 +4,9 @@
 __all__ = ['ROOT', 'NEEDED', 'PEERS', 'DOCS', 'ASSERTING', 'SITE', 'COMMANDS', 'VARIABLES', 'notebooks', 'read_notebook',
            'notebook_name', 'outside_fences', 'heading_ids', 'named_notebooks', 'setup', 'copy_for_reader', 'reset',
            'progress', 'has_display', 'lab_command', 'lab', 'without_comments', 'code_hash', 'normalise',
-           'write_notebook', 'execute', 'results', 'results_table', 'run_course', 'is_current', 'with_results',
-           'export_library', 'store_outputs', 'checks', 'test_environment', 'test', 'test_slow', 'bench', 'docs',
-           'docs_serve', 'clean', 'data', 'help_text', 'main']
+           'write_notebook', 'execute', 'results', 'results_table', 'run_course', 'readme_table', 'is_current',
+           'with_results', 'export_library', 'store_outputs', 'checks', 'test_environment', 'test', 'test_slow',
+           'bench', 'docs', 'docs_serve', 'clean', 'data', 'help_text', 'main']
 
 # %% ../nbs/appendix/run.ipynb #72def10b
 # Only the standard library up here: this module builds the environment that the rest of the course needs.
@@ -385,6 +385,11 @@ def run_course(paths: list[Path]) -> None:
     _say(f"\n{table}\n\nWritten to {(target / 'results.md').relative_to(ROOT).as_posix()}.")
 
 
+def readme_table() -> str:
+    "The results of all stored notebooks, for the README"
+    return results_table((notebook_name(p), read_notebook(p)) for p in notebooks() if p.parent.name != "solutions")
+
+
 def is_current(nb: dict) -> bool:
     "Whether the stored outputs come from the code that stands in the notebook"
     return nb["metadata"].get("course", {}).get("code") == code_hash(nb)
@@ -417,8 +422,7 @@ def store_outputs(paths: list[Path]) -> None:
         write_notebook(normalise(nb), path)
         _say(f"{path.relative_to(ROOT).as_posix()}: {said}")
     readme = ROOT / "README.md"
-    table = results_table((notebook_name(p), read_notebook(p)) for p in notebooks() if p.parent.name != "solutions")
-    readme.write_text(with_results(readme.read_text(encoding="utf-8"), table), encoding="utf-8", newline="\n")
+    readme.write_text(with_results(readme.read_text(encoding="utf-8"), readme_table()), encoding="utf-8", newline="\n")
 
 # %% ../nbs/appendix/run.ipynb #1165e6f9
 ASSERTING = {"expect", "assert_close", "assert_equal", "assert_allclose", "test_eq"}

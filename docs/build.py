@@ -119,7 +119,8 @@ class Site:
                 sections[name] = []
                 continue
             if prose:
-                line = re.sub(r"\[([^\]]+)\]\(([^)\s]+)\)", link, line)
+                line = re.sub(r"(!\[[^\]]+\])\(docs/", r"\1(", line)         # pictures lie in the site's own folder _static
+                line = re.sub(r"(?<!!)\[([^\]]+)\]\(([^)\s]+)\)", link, line)
                 line = re.sub(r"(?<!\[)`course_lib\.(\w+)`(?!\])", lambda m: f"[{m[0]}](api/{m[1]}.md)"
                               if m[1] in self.module_of.values() else m[0], line)
             sections[name].append(line)

@@ -4,13 +4,16 @@
     COURSE_SOURCE=real python examples/imagenette_resnets.py --runs plain --seeds 0 1 2 --write
     COURSE_SOURCE=drawn python examples/imagenette_resnets.py --write                      # the small ones on drawn scenes
     COURSE_SOURCE=real python examples/imagenette_resnets.py --runs "ResNet-50" --epochs 20 --write
+    COURSE_SOURCE=real python examples/imagenette_resnets.py --opt Muon --write            # the same, but for the optimiser
 
 The book's settings: pictures of 128 pixels, batches of 128, 5 epochs of 1cycle up to 3e-3, random crops and flips. On drawn
 scenes, which have 64 pixels and hold digits: no flips and crops, batches of 64, 10 epochs. `--write` adds each run to
 results/imagenette_resnets.json as soon as it is done (one with the same name, pictures, settings and seed is replaced), so that
 a run that is broken off loses nothing but itself; chapter 10 shows the file. Nothing was chosen by these validation pictures but
-what the book had chosen. Seconds are those of the training with its five validations. They are worth what the machine was quiet:
-CPU seconds and the load average at the start are kept beside them.
+what the book had chosen. Muon's peak rate of .02 is AdamW's 3e-3 in its own units: Muon's step in a matrix of 128 rows and 1,152
+columns has a root mean square of .02 / sqrt(1152) = .0006, and so has AdamW's, which is about .2 of its rate (J. Liu et al.,
+2502.16982). Seconds are those of the training with its five validations. They are worth what the machine was quiet: CPU seconds
+and the load average at the start are kept beside them.
 """
 import argparse
 import sys
@@ -24,8 +27,8 @@ from common import add_photo_options, add_run, environment, measured_fit, photo_
 
 import course_lib.schedule  # noqa: E402, F401  (gives the Learner its fit_one_cycle)
 from course_lib.datasets import ImageData, imagenette  # noqa: E402
-from course_lib.learner import Learner, accuracy  # noqa: E402
-from course_lib.resnet import NETS, costs  # noqa: E402
+from course_lib.learner import Learner, accuracy, default_opt  # noqa: E402
+from course_lib.resnet import NETS, Muon, costs  # noqa: E402
 from course_lib.settings import default_device, set_seed  # noqa: E402
 
 RESULTS = ROOT / "results" / "imagenette_resnets.json"
@@ -33,19 +36,25 @@ RUNS = {"real": ["plain", "ten in a row", "ResBlock", "ResBlock from 0", "two Re
         "drawn": ["plain", "ten in a row", "ResBlock", "ResBlock from 0"]}
 
 
-def run(data: ImageData, name: str, seed: int, epochs: int, batch: int, rate: float, size: int) -> dict:
+OPTS = {"AdamW": (default_opt, 1), "Muon": (Muon, .02 / 3e-3)}       # and the rate as a multiple of AdamW's
+
+
+def run(data: ImageData, name: str, opt: str, seed: int, epochs: int, batch: int, rate: float, size: int) -> dict:
     "Train a net once: losses and accuracy of each epoch, seconds, parameters, multiply-adds a picture"
     set_seed(seed)
     dls = photo_dls(data, batch, size, seed)
     model = NETS[name](data.c)
-    learn = Learner(dls, model, metrics=accuracy, progress=False)
-    return {"name": name, "source": data.source, "seed": seed, "epochs": epochs, "batch": batch, "rate": rate, "size": size,
+    opt_func, factor = OPTS[opt]
+    rate = round(rate * factor, 6)
+    learn = Learner(dls, model, opt_func=opt_func, metrics=accuracy, progress=False)
+    return {"name": name, "opt": opt, "source": data.source, "seed": seed, "epochs": epochs, "batch": batch, "rate": rate, "size": size,
             "macs": sum(c.macs for c in costs(model, size)), **measured_fit(learn, lambda: learn.fit_one_cycle(epochs, rate))}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", nargs="+", choices=list(NETS), metavar="NET", help=f"of {', '.join(NETS)}")
+    parser.add_argument("--opt", choices=list(OPTS), default="AdamW", help="the optimiser")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add_photo_options(parser)
     parser.add_argument("--threads", type=int, help="of PyTorch; as many as it takes itself if not given")
@@ -58,13 +67,13 @@ def main() -> None:
     rows = []
     for name in args.runs or RUNS[data.source]:
         for seed in args.seeds:
-            rows.append(run(data, name, seed, **settings))
-            print(name, seed, rows[-1]["accuracy"], f"{rows[-1]['wall_s']} s", file=sys.stderr, flush=True)
+            rows.append(run(data, name, args.opt, seed, **settings))
+            print(name, args.opt, seed, rows[-1]["accuracy"], f"{rows[-1]['wall_s']} s", file=sys.stderr, flush=True)
             if args.write:
-                add_run(RESULTS, rows[-1], ("name", "source", "seed", "epochs", "batch", "rate", "size"))
-    print_table([(r["name"], r["seed"], f"{r['accuracy'][-1]:.4f}", f"{r['params']:,}", f"{r['macs'] / 1e6:.1f} M",
+                add_run(RESULTS, rows[-1], ("name", "opt", "source", "seed", "epochs", "batch", "rate", "size"))
+    print_table([(r["name"], r["opt"], r["seed"], f"{r['accuracy'][-1]:.4f}", f"{r['params']:,}", f"{r['macs'] / 1e6:.1f} M",
                   f"{r['wall_s']:.0f}", f"{r['cpu_s']:.0f}", r["load"]) for r in rows],
-                ("net", "seed", "accuracy", "parameters", "multiply-adds", "wall s", "CPU s", "load"))
+                ("net", "optimiser", "seed", "accuracy", "parameters", "multiply-adds", "wall s", "CPU s", "load"))
     print(f"\n{data.source} pictures, {settings}, on {default_device()}; {environment()}")
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from course_lib.run import COMMANDS, ROOT, notebooks, read_notebook, results_table, with_results
+from course_lib.run import COMMANDS, ROOT, readme_table, with_results
 
 MODULES = sorted(p.stem for p in (ROOT / "course_lib").glob("*.py") if not p.stem.startswith("_"))
 # import matplotlib too
@@ -134,8 +134,7 @@ def test_readme_names_only_commands_that_exist():
 
 def test_readme_results_are_those_of_the_notebooks():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    table = results_table((p.stem, read_notebook(p)) for p in notebooks())
-    assert with_results(readme, table) == readme and table.count("\n") > 10
+    assert with_results(readme, readme_table()) == readme and readme_table().count("\n") > 10
 
 
 def test_readme_example_runs_and_goes_on(tmp_path):
