@@ -190,6 +190,19 @@ def test_teaching_apparatus(path):
         assert len(stubs) == exercises.count("### Exercise")
 
 
+def test_readme_lists_the_chapters_with_their_titles_and_reading_times():
+    rows = re.findall(r"^\| \[(\d\d) ([^]]+)\]\(nbs/(\S+)\) \| [^|]+ \| (\d+) \| `course_lib\.(\w+)` \|$",
+                      (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+    found = []
+    for path in filter(is_chapter, NOTEBOOKS):
+        nb = read_notebook(path)
+        title, text = "".join(nb["cells"][0]["source"]).split("\n")[0], "".join(nb["cells"][0]["source"])
+        minutes = re.search(r"(?:Reading time:|\*\*Time:\*\*) (\d+) minutes", text)
+        assert minutes, f"{path.name} does not say how long it takes to read"
+        found.append((path.name[:2], title.removeprefix("# "), path.name, minutes[1], exported_module(nb)))
+    assert rows == found
+
+
 @each_notebook
 def test_settings_are_read_in_one_place(path):
     if path.stem in ("settings", "run"):
