@@ -47,7 +47,7 @@ def test_exercises_of_a_chapter_call_their_checkers(path):
     chapter, heading, found = int(path.name[:2]), "", {}
     for c in cells:
         if c["cell_type"] == "markdown":
-            heading = m[1] if (m := re.findall(r"^### Exercise (\d+)", "".join(c["source"]), re.M)[-1:]) else heading
+            heading = m[0] if (m := re.findall(r"^### Exercise (\d+)", "".join(c["source"]), re.M)[-1:]) else heading
         elif (code := _code(c)).startswith("# EXERCISE"):
             name = re.fullmatch(r"check_(\w+)\((\w+)\)", code.strip().splitlines()[-1])
             assert name and name[1] == name[2], code
@@ -99,6 +99,16 @@ def test_the_smallest_failing_case_is_shown():
     assert "1 of 4 cases passed" in text and "1 squared" in text and "expected: 1" in text and "came:     2" in text
 
 
+def test_a_changed_input_is_no_other_mistake():
+    check = a_check(lambda make: [Case((torch.ones(2),), torch.full((2,), 2.), "ones")], {"the squares are wanted.": lambda t: t + 1})
+
+    def in_place(t):
+        t += 1
+        return t
+    text = check.examine(in_place).text
+    assert "the input was changed" in text and "squares" not in text
+
+
 def test_expected_exceptions():
     check = a_check(lambda make: [Case((1,), 1, "one"), Case((-1,), Raises(ValueError), "below 0")])
 
@@ -113,6 +123,13 @@ def test_expected_exceptions():
     assert check.examine(right).right
     assert "ValueError is expected" in check.examine(lambda n: n).text
     assert "ValueError is expected" in check.examine(wrong_kind).text
+
+
+def test_a_result_that_cannot_be_judged_is_wrong():
+    check = a_check(lambda make: [Case((), lambda net: None if net(1) == 2 else "It is not 2.", "a function that adds 1")])
+    assert check.examine(lambda: lambda n: n + 1).right
+    assert "It is not 2." in check.examine(lambda: lambda n: n).text
+    assert "TypeError" in check.examine(lambda: 2).text
 
 
 def test_a_check_leaves_random_states_and_arguments():
@@ -138,7 +155,8 @@ E = torch.tensor([[1., 2.], [3., 5.]])
 
 
 @pytest.mark.parametrize(("got", "phrase"), [
-    (None, "`return`"), (2.5, "type float"), (E[0], "shape is [2]"), (E.double(), "torch.float32 is expected"), (E.int(), "torch.int32"),
+    (None, "`return`"), (2.5, "type float; what is expected is a Tensor"), (E[0], "shape is [2]"),
+    (E.double(), "torch.float32 is expected"), (E.int(), "torch.int32"),
     (-E, "other sign"), (3 * E, "3 times"), (E.T, "other places"), (E + torch.nan, "nan"), (E + torch.eye(2), "2 of 4 numbers differ"),
     (torch.cat([E, E])[:3], "shape is [3, 2]")])
 def test_difference_of_tensors(got, phrase):
@@ -152,7 +170,8 @@ def test_rows_and_columns_exchanged():
 
 @pytest.mark.parametrize(("got", "expected", "phrase"), [
     (torch.tensor(3), 3, ".item()"), (3.0, 3, "type float"), (True, 1, "type bool"), ((1, 2), (1, 2, 3), "2 parts"),
-    ((1, 2.5), (1, 2.0), "Part 1"), (4, (4,), "type int"), ("a", "b", "differs"), (None, 1.5, "`return`")])
+    ((1, 2.5), (1, 2.0), "Part 1"), (4, (4,), "type int"), ("a", "b", "differs"), (None, 1.5, "`return`"),
+    (1.5, None, "what is expected is None.")])
 def test_difference_of_other_values(got, expected, phrase):
     assert phrase in difference(got, expected)
 
