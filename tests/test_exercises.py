@@ -5,50 +5,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from course_lib.dataloader import DataLoader, DataLoaders, get_dls, init_params, mnist_loss
-from course_lib.datasets import mnist, three_or_seven
+from course_lib.datasets import three_or_seven
 from course_lib.learner import Callback, CancelBatchException, Learner, accuracy
 from course_lib.optim import SGD, Adam
 from course_lib.settings import set_seed
-from course_lib.similarity import class_means, mnist_distance, rms_distance
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("real_pictures")]
 
 
 def pictures(x: torch.Tensor) -> torch.Tensor:
     return x.float() / 255
-
-
-def test_02_norms():
-    data = three_or_seven()
-    mean7, a_3 = class_means(pictures(data.train_x), data.train_y, 2)[1], pictures(mnist().train_x[10000])
-    assert 784 * mnist_distance(a_3, mean7).item() == pytest.approx(124.4, abs=.05)
-    assert 28 * rms_distance(a_3, mean7).item() == pytest.approx(8.46, abs=.005)
-
-
-def test_02_a_better_threshold():
-    data = three_or_seven()
-    means = class_means(pictures(data.train_x), data.train_y, 2)
-
-    def margins(x, y):
-        margin = mnist_distance(pictures(x), means[0]) - mnist_distance(pictures(x), means[1])
-        return margin[y == 0], margin[y == 1]
-
-    def accuracy(threes, sevens, t):
-        return ((threes < t).float().mean() + (sevens >= t).float().mean()).item() / 2
-    train, valid = margins(data.train_x, data.train_y), margins(data.valid_x, data.valid_y)
-    best = max(torch.linspace(-.05, .05, 201).tolist(), key=lambda t: accuracy(*train, t))
-    assert accuracy(*valid, best) > .96
-
-
-def test_02_nearest_picture():
-    data = mnist()
-    x, y = pictures(data.train_x).flatten(1), data.train_y
-
-    def accuracy(n):
-        half = x[:n].square().sum(1) / 2
-        found = [y[:n][(part @ x[:n].T - half).argmax(1)] for part in pictures(data.valid_x).flatten(1).split(500)]
-        return (torch.cat(found) == data.valid_y).float().mean().item()
-    assert accuracy(1000) > .85 and accuracy(60_000) == pytest.approx(.969, abs=.0005)
 
 
 def test_04_cross_entropy_frees_the_stuck_start():
