@@ -1,5 +1,6 @@
 """What the exercises of chapter 08 and their solutions tell the reader to expect, most of it on real MNIST"""
 import functools
+from statistics import median
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from torch.optim import lr_scheduler
 from course_lib.conv import simple_cnn
 from course_lib.dataloader import get_dls
 from course_lib.learner import Learner, accuracy
-from course_lib.schedule import combine, one_cycle, sched_lin
+from course_lib.optim import SGD
+from course_lib.schedule import combine, descent, one_cycle, sched_lin, valley
 from course_lib.settings import set_seed
 
 real = pytest.mark.usefixtures("real_pictures")
@@ -20,9 +22,9 @@ def answer(name: str):
     return solutions(8)[name]
 
 
-def digit_learner(seed: int) -> Learner:
+def digit_learner(seed: int, bs: int = 512, **kwargs) -> Learner:
     set_seed(seed)
-    return Learner(get_dls(512, seed=seed, device="cpu"), simple_cnn(), metrics=accuracy, progress=False)
+    return Learner(get_dls(bs, seed=seed, device="cpu"), simple_cnn(), metrics=accuracy, progress=False, **kwargs)
 
 
 def accuracies(learn: Learner) -> list[float]:
@@ -68,6 +70,7 @@ def test_3_warm_restarts():
     one.fit(3, schedule=answer("restarts")(.01, 1))
     assert abs(accuracies(three)[-1] - accuracies(one)[-1]) < .005
     assert min(accuracies(three)[-1], accuracies(one)[-1]) > .975
+    assert all(a < b for a, b in zip(accuracies(three)[:2], accuracies(one)[:2], strict=True))
 
 
 def test_4_schedule_what_the_optimiser_does_not_own():
@@ -92,3 +95,19 @@ def test_5_how_high_can_you_go():
     assert all(.95 < one_epoch(.12, seed) < .965 for seed in range(3))
     assert all(one_epoch(.12, seed, pct_start=.5) < .2 for seed in range(3))
     assert answer("highest_peak")(functools.partial(one_epoch, pct_start=.5), (.06, .12)) == .06
+
+
+@real
+@pytest.mark.slow
+def test_6_finder_against_search():
+    "Two of the six cases: the suggestions of the table, and that its best peaks are better than their neighbours"
+    for kwargs, best, suggested in (({"opt_func": functools.partial(SGD, momentum=.9)}, .128, (.320, .153)), ({}, .016, (.008, .009))):
+        sweeps = [descent(*digit_learner(seed, 256, **kwargs).lr_sweep()) for seed in range(3)]
+        for rule, rate in zip((valley, answer("my_suggestion")), suggested, strict=True):
+            assert median(rule(*sweep) for sweep in sweeps) == pytest.approx(rate, rel=.3)
+        found = {}
+        for peak in (best / 2, best, 2 * best):
+            learn = digit_learner(0, 256, **kwargs)
+            learn.fit_one_cycle(1, peak)
+            found[peak] = accuracies(learn)[-1]
+        assert max(found, key=found.get) == best and found[best] == pytest.approx({.128: .970, .016: .982}[best], abs=.003)
