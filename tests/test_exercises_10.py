@@ -1,40 +1,31 @@
-"""What the exercises of chapter 10 tell the reader to expect (their cells are the reader's to fill, so no cell asserts it)."""
+"""What the exercises of chapter 10 and their solutions state (the chapter's own cells are the reader's to fill, so no cell asserts it)."""
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from answers import solutions
+from torch import nn
 
 import course_lib.schedule  # noqa: F401  (gives the Learner its fit_one_cycle)
 from course_lib.conv import ConvLayer, receptive_field, sequential
 from course_lib.dataloader import get_dls
-from course_lib.datasets import mnist
+from course_lib.datasets import drawn_scenes, mnist
 from course_lib.learner import Learner, accuracy
-from course_lib.resnet import pooled_net
 from course_lib.settings import set_seed
 
 
-def conv1x1(x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int = 1) -> Tensor:
-    out = torch.einsum("nchw,kc->nkhw", x[:, :, ::stride, ::stride], weight[:, :, 0, 0])
-    return out if bias is None else out + bias[:, None, None]
-
-
-@pytest.mark.parametrize("stride", [1, 2, 3])
-@pytest.mark.parametrize("with_bias", [True, False])
-def test_conv1x1(stride, with_bias):
-    set_seed(stride)
-    x, weight = torch.randn(2, 5, 7, 8), torch.randn(4, 5, 1, 1)
-    bias = torch.randn(4) if with_bias else None
-    torch.testing.assert_close(conv1x1(x, weight, bias, stride), F.conv2d(x, weight, bias, stride), atol=1e-5, rtol=1e-5)
-
-
-def top_k_accuracy(scores: Tensor, targets: Tensor, k: int = 5) -> Tensor:
-    best = scores.topk(min(k, scores.shape[1]), dim=1).indices
-    return (best == targets[:, None]).any(1).float().mean()
+def test_conv1x1_gives_gradients():
+    conv1x1 = solutions(10)["conv1x1"]
+    set_seed(0)
+    args = [torch.randn(s, requires_grad=True, dtype=torch.float64) for s in ((2, 3, 5, 4), (4, 3, 1, 1), (4,))]
+    assert torch.autograd.gradcheck(partial(conv1x1, stride=2), args)
 
 
 def test_top_k_accuracy():
+    top_k_accuracy = solutions(10)["top_k_accuracy"]
     set_seed(0)
     scores, targets = torch.randn(2000, 10), torch.randint(10, (2000,))
     assert top_k_accuracy(scores, targets, 1) == accuracy(scores, targets)
@@ -42,14 +33,10 @@ def test_top_k_accuracy():
     assert abs(top_k_accuracy(scores, targets) - .5) < .05               # chance
 
 
-def small_pooled_net() -> nn.Module:
-    return pooled_net(partial(ConvLayer, stride=2), widths=(8, 16, 32, 32), channels=1)
-
-
 def test_small_pooled_net_is_small_and_sees_the_digit():
-    net = small_pooled_net()
-    assert sum(p.numel() for p in net.parameters()) < 20_000
-    assert receptive_field(net[:4])[-1] >= 28
+    net = solutions(10)["small_pooled_net"]()
+    assert sum(p.numel() for p in net.parameters()) == 15_554 < 20_000
+    assert receptive_field(net[:4])[-1] == 31
     assert net(torch.zeros(2, 1, 32, 32)).shape == (2, 10)
 
 
@@ -58,7 +45,7 @@ def test_small_pooled_net_is_small_and_sees_the_digit():
 def test_small_pooled_net_reads_digits():
     dls = get_dls(128, mnist(), seed=0)
     set_seed(0)
-    learn = Learner(dls, small_pooled_net(), metrics=accuracy, progress=False)
+    learn = Learner(dls, solutions(10)["small_pooled_net"](), metrics=accuracy, progress=False)
     learn.fit_one_cycle(2, 1e-2)
     assert learn.recorder.values[-1][-1] > .98
     right, around, left = (learn.validate([(F.pad(x, sides, value=x.min().item()), y) for x, y in dls.valid])[1]
@@ -66,42 +53,63 @@ def test_small_pooled_net_reads_digits():
     assert right > .95 and .6 < around < .85 and left < .3
 
 
-class PreActPair(nn.Module):
-    def __init__(self, nf: int):
-        super().__init__()
-        self.convs = sequential(*[m for _ in range(2) for m in (nn.BatchNorm2d(nf), nn.ReLU(),
-                                                                nn.Conv2d(nf, nf, 3, padding=1, bias=False))])
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.convs(x)
-
-
 def test_pre_activation_passes_the_input_on():
     set_seed(0)
     x = torch.randn(2, 8, 5, 5)
-    block = PreActPair(8)
+    block = solutions(10)["PreActPair"](8)
     nn.init.zeros_(block.convs[-1].weight)
     assert block(x).equal(x)                                             # negative numbers, too
-
-
-class DropPath(nn.Module):
-    def __init__(self, p: float):
-        super().__init__()
-        self.p = p
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.p == 0:
-            return x
-        return x * (torch.rand(len(x), 1, 1, 1, device=x.device) >= self.p) / (1 - self.p)
 
 
 def test_drop_path():
     set_seed(0)
     x = torch.rand(4000, 2, 3, 3) + .5
-    drop = DropPath(.25)
+    drop = solutions(10)["DropPath"](.25)
     y = drop(x)
     gone = (y == 0).flatten(1)
     assert (gone.all(1) == gone.any(1)).all() and abs(gone.all(1).float().mean() - .25) < .03      # whole pictures
     assert abs(y.mean() / x.mean() - 1) < .03
     torch.testing.assert_close(y[~gone.all(1)], x[~gone.all(1)] / .75)
     assert drop.eval()(x).equal(x)
+
+
+def test_find_border_of_the_chapters_depths():
+    assert solutions(10)["find_border"]({10: [.207], 22: [.567], 34: [.859]}) == (10, 22)
+
+
+def deep_net(pairs: int, pair: Callable[[int], nn.Module], *end: nn.Module) -> nn.Module:
+    "The chapter's net for comparing depths: four convolutions of stride 2, pairs after all but the first"
+    layers = [ConvLayer(3, 8, stride=2)]
+    for ni, nf in ((8, 16), (16, 32), (32, 64)):
+        layers += [ConvLayer(ni, nf, stride=2), *[pair(nf) for _ in range(pairs)]]
+    return sequential(*layers, *end, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+
+
+def in_a_row(nf: int) -> nn.Module:
+    "The chapter's `Pair` without a skip"
+    return sequential(ConvLayer(nf, nf), ConvLayer(nf, nf, act_cls=None), nn.ReLU())
+
+
+def training_error(make_net: Callable[[], nn.Module]) -> float:
+    "On the first thousand of 3,200 drawn scenes, after five epochs with seed 0, as in the chapter's race"
+    scenes = drawn_scenes()
+    data = replace(scenes, train_x=scenes.train_x[:3200], train_y=scenes.train_y[:3200], valid_x=scenes.valid_x[:500],
+                   valid_y=scenes.valid_y[:500])
+    dls = get_dls(40, data, seed=0)
+    seen = [(dls.train.transform(x), y) for x, y in zip(data.train_x[:1000].split(100), data.train_y[:1000].split(100), strict=True)]
+    set_seed(0)
+    learn = Learner(dls, make_net(), metrics=accuracy, progress=False)
+    learn.fit_one_cycle(5, 3e-3)
+    return 1 - learn.validate(seen)[1]
+
+
+@pytest.mark.slow
+def test_sixteen_convolutions_in_a_row_are_worse_than_ten():
+    ten, sixteen = (training_error(partial(deep_net, pairs, in_a_row)) for pairs in (1, 2))
+    assert .1 < ten < sixteen - .03 < .5
+
+
+@pytest.mark.slow
+def test_pre_activation_trains_34_convolutions():
+    pair = solutions(10)["PreActPair"]
+    assert .2 < training_error(lambda: deep_net(5, pair, nn.BatchNorm2d(64), nn.ReLU())) < .5
