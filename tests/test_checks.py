@@ -73,7 +73,22 @@ class Stub(nn.Module):
     def forward(self, x): ...
 
 
-@pytest.mark.parametrize("answer", [None, ..., stub, Stub, lambda x: None])
+class StaticStub(torch.autograd.Function):
+    "What to write"
+    @staticmethod
+    def forward(ctx, x): ...
+
+
+class Static(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x): return x + 1
+
+
+def test_a_class_of_static_methods_is_an_answer():
+    assert not is_stub(Static)
+
+
+@pytest.mark.parametrize("answer", [None, ..., stub, Stub, StaticStub, lambda x: None])
 def test_unanswered(answer):
     assert is_stub(answer)
     report = check_bottom_right.examine(answer)
