@@ -109,7 +109,7 @@ class Site:
         "Sections of the README by their title (the first: ''), with links that hold on the site"
         def link(m: re.Match) -> str:
             text, target = m[1], m[2]
-            if "://" in target or target.startswith("#") or (self.source / target).exists():
+            if "://" in target or target.startswith("#") or (self.source / target).is_file():
                 return m[0]
             return f"[{text}]({self.github(target)})" if self.repo else text
         sections, name = {"": []}, ""

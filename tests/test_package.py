@@ -16,7 +16,8 @@ from course_lib.run import COMMANDS, ROOT, readme_table, with_results
 
 MODULES = sorted(p.stem for p in (ROOT / "course_lib").glob("*.py") if not p.stem.startswith("_"))
 # import matplotlib too
-DRAW = {"images", "similarity", "datasets", "dataloader", "learner", "activations", "schedule", "batchnorm", "resnet", "scale"}
+DRAW = {"images", "similarity", "datasets", "dataloader", "learner", "activations", "schedule", "batchnorm", "resnet", "scale",
+        "checks"}
 
 
 def settings() -> configparser.SectionProxy:
