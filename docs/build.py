@@ -12,7 +12,6 @@ import subprocess
 import sys
 from importlib.metadata import files
 from pathlib import Path
-from urllib.parse import unquote
 
 from fastcore.docments import docments
 
@@ -45,7 +44,7 @@ class Site:
         return "".join(self.nbs[path]["cells"][0]["source"]).splitlines()[0].removeprefix("# ")
 
     def number(self, path: Path) -> str:
-        return m[0] + " " if (m := re.match(r"\d\d", path.stem)) else ""
+        return m[0] + " " if path.parent.name == "nbs" and (m := re.match(r"\d\d", path.stem)) else ""
 
     def page(self, path: Path) -> str:
         return path.relative_to(ROOT).as_posix()
@@ -81,7 +80,7 @@ class Site:
         label_of = {heading: f"{name}-{i}" for i, heading in enumerate(heading_ids(nb), 1)}
 
         def inner(m: re.Match) -> str:              # a link to a section of the same notebook
-            return f"](#{label_of.get(unquote(m[1]), m[1])})"
+            return f"](#{label_of.get(m[1], m[1])})"
         for cell in nb["cells"]:
             text = "".join(cell["source"])
             if cell["cell_type"] == "markdown":
