@@ -365,9 +365,10 @@ def _line_of(error: Exception, answer: Any) -> str:
 
 # %% ../nbs/appendix/checks.ipynb #055ad6a9
 def reader_folder(start: Path | None = None) -> Path | None:
-    "The reader's copy of the notebooks, `my/`, if the working folder (or `start`) is in it"
+    "The reader's copy of the notebooks, `my/`, if the working folder (or `start`) is in it, but not in its solutions"
     start = (start or Path.cwd()).resolve()
-    return next((p for p in (start, *start.parents) if p.name == "my" and (p / ".copied.json").is_file()), None)
+    found = next((p for p in (start, *start.parents) if p.name == "my" and (p / ".copied.json").is_file()), None)
+    return None if found and start.is_relative_to(found / "solutions") else found
 
 
 def read_progress(folder: Path) -> dict[str, str]:

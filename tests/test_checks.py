@@ -220,7 +220,7 @@ def test_progress_is_kept_in_the_readers_folder(my, capsys):
     assert list(json.loads((my / "progress.json").read_text())) == ["bottom_right"]
     check_bottom_right(lambda t: t)                       # what was solved once stays solved
     assert list(checks.read_progress(my)) == ["bottom_right"]
-    assert [p.name for p in my.iterdir() if p.is_file()] == [".copied.json", "progress.json"] or len(list(my.glob("*.tmp"))) == 0
+    assert sorted(p.name for p in my.iterdir() if p.is_file()) == [".copied.json", "progress.json"]
 
 
 def test_no_progress_elsewhere(tmp_path, monkeypatch, capsys):
@@ -228,6 +228,13 @@ def test_no_progress_elsewhere(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path / "my")
     check_bottom_right(right_part)
     assert reader_folder() is None and "Solved" not in capsys.readouterr().out and not list((tmp_path / "my").iterdir())
+
+
+def test_running_a_solution_solves_nothing(my, monkeypatch, capsys):
+    (my / "solutions").mkdir()
+    monkeypatch.chdir(my / "solutions")
+    check_bottom_right(right_part)
+    assert "Solved" not in capsys.readouterr().out and not (my / "progress.json").exists()
 
 
 def test_damaged_progress_is_said_and_kept(my, capsys):
