@@ -1074,6 +1074,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'course_lib.run': { 'course_lib.run._add_extra': ('appendix/run.html#_add_extra', 'course_lib/run.py'),
                                 'course_lib.run._code': ('appendix/run.html#_code', 'course_lib/run.py'),
                                 'course_lib.run._environment': ('appendix/run.html#_environment', 'course_lib/run.py'),
+                                'course_lib.run._free_name': ('appendix/run.html#_free_name', 'course_lib/run.py'),
                                 'course_lib.run._free_port': ('appendix/run.html#_free_port', 'course_lib/run.py'),
                                 'course_lib.run._lab_defaults': ('appendix/run.html#_lab_defaults', 'course_lib/run.py'),
                                 'course_lib.run._outputs': ('appendix/run.html#_outputs', 'course_lib/run.py'),

@@ -143,6 +143,12 @@ def _sources(path: Path) -> str:
     return hashlib.sha256("\0".join("".join(c["source"]) for c in read_notebook(path)["cells"]).encode()).hexdigest()
 
 
+def _free_name(notebook: Path, what: str) -> Path:
+    "A name beside a notebook that is not taken: a.new.ipynb, a.new2.ipynb, ..."
+    names = (notebook.with_name(f"{notebook.stem}.{what}{k}.ipynb") for k in ("", *range(2, 1000)))
+    return next(p for p in names if not p.exists())
+
+
 def copy_for_reader(nbs: Path = ROOT / "nbs", my: Path = ROOT / "my") -> list[str]:
     "Bring the reader's copy `my` up to date without touching what the reader edited; returns sentences to print"
     record = my / ".copied.json"                    # notebook -> fingerprint of the version that was copied last
@@ -155,8 +161,7 @@ def copy_for_reader(nbs: Path = ROOT / "nbs", my: Path = ROOT / "my") -> list[st
         if not mine.exists() or (copied.get(name) != now and _sources(mine) == copied.get(name)):
             shutil.copyfile(original, mine)
         elif copied.get(name) != now and _sources(mine) != now:
-            names = (mine.with_name(f"{mine.stem}.new{k}.ipynb") for k in ("", *range(2, 1000)))
-            newer = next(p for p in names if not p.exists())     # an earlier newer version may have been edited too
+            newer = _free_name(mine, "new")         # an earlier newer version may have been edited too
             shutil.copyfile(original, newer)
             said.append(f"{name} has a newer version. You edited yours, so it stays; the newer one is {newer.name} beside it.")
         copied[name] = now
@@ -179,8 +184,7 @@ def reset(names: list[str], nbs: Path = ROOT / "nbs", my: Path = ROOT / "my") ->
         shutil.copyfile(original, fresh)
         text = f"{name.as_posix()} is the original again."
         if mine.exists():
-            kept = next(p for k in ("", *range(2, 1000)) if not (p := mine.with_name(f"{mine.stem}.mine{k}.ipynb")).exists())
-            mine.rename(kept)
+            kept = mine.rename(_free_name(mine, "mine"))
             text += f" Your version is kept beside it as {kept.name}. If it is open in JupyterLab, close its tab and open it again."
         fresh.replace(mine)
         said.append(text)
