@@ -57,15 +57,26 @@ def test_peers_are_installed_into_the_courses_own_environment_only(tmp_path, mon
     assert calls == [["-e", ".[bench]", "-c", "constraints.txt"]]
 
 
-def test_a_benchmark_gets_its_options(tmp_path, monkeypatch):
+def test_benchmarks_get_their_options_and_three_tries(tmp_path, monkeypatch, capsys):
     calls = []
+
+    def benchmark(command, **kwargs):
+        calls.append([run.Path(command[1]).stem, *command[2:]])
+        return subprocess.CompletedProcess(command, codes[calls[-1][0]].pop(0))
+
     (tmp_path / "benchmarks").mkdir()
     for name in ("common", "one", "two"):
         (tmp_path / "benchmarks" / f"{name}.py").touch()
     monkeypatch.setattr(run, "ROOT", tmp_path)
-    monkeypatch.setattr(run.subprocess, "run", lambda command, **kw: calls.append(command[1:]) or subprocess.CompletedProcess(command, 3))
-    assert run.bench(["two", "--bs", "64", "512"]) == 3 and run.bench([]) == 3
-    assert [[run.Path(c[0]).stem, *c[1:]] for c in calls] == [["two", "--bs", "64", "512"], ["one"], ["two"]]
+    monkeypatch.setattr(run.subprocess, "run", benchmark)
+    codes = {"two": [0]}
+    assert run.bench(["two", "--bs", "64", "512"]) == 0 and calls == [["two", "--bs", "64", "512"]]
+    calls, codes = [], {"one": [0], "two": [1, 0]}
+    assert run.bench([]) == 0 and calls == [["one"], ["two"], ["two"]]
+    assert "Failed once, and run again: two" in capsys.readouterr().out
+    calls, codes = [], {"one": [3, 3, 3], "two": [1, 0]}
+    assert run.bench([]) == 1 and calls == [["one"], ["two"], ["one"], ["two"], ["one"]]
+    assert capsys.readouterr().out.endswith("Failed three times: one\n")
     with pytest.raises(SystemExit, match="There is no benchmark three"):
         run.bench(["three"])
 
