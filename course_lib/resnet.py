@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['WIDTHS', 'NETS', 'pooled_net', 'conv_block', 'ResBlock', 'resnet_stem', 'ResNet', 'resnet18', 'resnet34', 'resnet50',
-           'Cost', 'costs', 'SqueezeExcite', 'add_attention', 'orthogonalize', 'Muon', 'GrowingCrops', 'photo_net',
-           'photo_learner']
+           'Cost', 'costs', 'SqueezeExcite', 'add_attention', 'orthogonalize', 'Muon', 'whiten', 'GrowingCrops',
+           'photo_net', 'photo_learner']
 
 # %% ../nbs/10_resnets.ipynb #a9dc6ade
 from collections.abc import Callable, Iterable, Sequence
@@ -240,6 +240,22 @@ class Muon(AdamW):
             direction = orthogonalize(grad.lerp(mean, momentum).flatten(1))
             p.mul_(1 - lr * group["weight_decay"])
             p.add_(direction.view_as(p), alpha=-lr * max(1, len(p) / direction.shape[1])**.5)
+
+# %% ../nbs/10_resnets.ipynb #46fff160
+def whiten(conv: nn.Conv2d,       # of c channels, with kernels of k x k
+           pictures: Tensor       # float [N, c, H, W], as the network will get them
+           ) -> None:
+    """Let the first c * k * k filters of a convolution begin as its windows' principal directions, in place
+
+    Each puts out a variance of 1, less where windows hardly vary (after K. Jordan, 2404.00498)."""
+    if pictures.ndim != 4 or pictures.shape[1] != conv.weight.shape[1]:
+        raise ValueError(f"pictures is {list(pictures.shape)}; this convolution needs "
+                         f"[N, {conv.weight.shape[1]}, H, W].")
+    seen = F.unfold(pictures.float(), conv.kernel_size).transpose(1, 2).flatten(0, 1)   # [windows, c * k * k]
+    variances, directions = torch.linalg.eigh(seen.T @ seen / len(seen))                # ascending; columns
+    filters = (directions / (variances + .01).sqrt()).T.flip(0)[:conv.out_channels]
+    with torch.no_grad():
+        conv.weight[:len(filters)] = filters.view(-1, *conv.weight.shape[1:])
 
 # %% ../nbs/10_resnets.ipynb #47f9f3e3
 class GrowingCrops(Callback):

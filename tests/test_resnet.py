@@ -16,7 +16,7 @@ from course_lib.datasets import ImageData
 from course_lib.learner import Callback, Hooks, Learner, accuracy, evaluating
 from course_lib.optim import AdamW
 from course_lib.resnet import (NETS, WIDTHS, Muon, ResBlock, ResNet, SqueezeExcite, add_attention, conv_block, costs, orthogonalize,
-                               photo_learner, photo_net, pooled_net, resnet18, resnet34, resnet50, resnet_stem)
+                               photo_learner, photo_net, pooled_net, resnet18, resnet34, resnet50, resnet_stem, whiten)
 from course_lib.settings import set_seed
 
 AS_TORCHVISION = {"stem": "basic", "shortcut": "stride", "zero_norm": False}
@@ -299,6 +299,28 @@ def test_orthogonalize(seed, shape):
     assert (after > .6)[s / s.norm() > .05].all()                        # five rounds do not lift all that is weaker
     torch.testing.assert_close(got.T @ got @ vt.T[:, 0], vt.T[:, 0] * (vt[0] @ got.T @ got @ vt.T[:, 0]), atol=.05, rtol=.05)
     assert not orthogonalize(torch.zeros(shape)).any()                    # and no nan
+
+
+@pytest.mark.parametrize("kernel, channels, out", [(3, 3, 32), (2, 1, 3), (1, 3, 3), (3, 2, 4)])
+def test_whiten(seed, kernel, channels, out):
+    pictures = torch.randn(8, channels, 20, 20).cumsum(3) / 3                 # neighbours alike
+    pictures -= pictures.mean((0, 2, 3), keepdim=True)
+    conv = nn.Conv2d(channels, out, kernel, stride=2, padding=1, bias=False)
+    begin, state = conv.weight.detach().clone(), torch.get_rng_state()
+    whiten(conv, pictures)
+    assert torch.get_rng_state().equal(state) and conv.weight.requires_grad
+    n = min(out, channels * kernel**2)
+    assert conv.weight[n:].equal(begin[n:])                                   # there are no more directions
+    seen = F.conv2d(pictures, conv.weight[:n].detach()).transpose(0, 1).flatten(1)          # every window
+    products = seen @ seen.T / seen.shape[1]
+    strongest = torch.linalg.eigvalsh((w := F.unfold(pictures, kernel).transpose(0, 1).flatten(1)) @ w.T / w.shape[1]).flip(0)[:n]
+    torch.testing.assert_close(products, (strongest / (strongest + .01)).diag(), atol=2e-3, rtol=0)
+
+
+def test_whiten_needs_pictures_for_its_convolution():
+    for pictures in (torch.zeros(4, 1, 8, 8), torch.zeros(3, 8, 8)):
+        with pytest.raises(ValueError, match=r"this convolution needs \[N, 3, H, W\]"):
+            whiten(nn.Conv2d(3, 8, 3), pictures)
 
 
 def test_muon_is_pytorchs_on_matrices(seed):
